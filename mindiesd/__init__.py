@@ -3,7 +3,7 @@
 Three doors: :func:`patch_all`, :func:`patch_pipeline` and the ``mindiesd-run`` command. Behind them
 stand the documented layer functions (:func:`attention_forward` and its siblings), usable alone.
 
-Importing this package imports neither torch nor torch_npu: every public name is loaded on first use.
+Importing this package imports neither torch nor torch_npu: a public name is loaded on first use.
 """
 
 from __future__ import annotations

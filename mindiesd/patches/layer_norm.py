@@ -1,0 +1,152 @@
+"""Layer normalisation: ``torch.nn.LayerNorm`` and diffusers' ``FP32LayerNorm``.
+
+diffusers' own ``LayerNorm`` *is* ``torch.nn.LayerNorm``, so the first record is process-wide: it
+reaches text encoders and the user's own models too, and therefore takes only calls whose result is
+the original's. ``FP32LayerNorm`` overrides ``forward`` and needs a record of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mindiesd.patches import law
+from mindiesd.patches.registry import Patch
+from mindiesd.patches.scope import Site, trace_note
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECORDS = (
+    Patch(
+        name="layer_norm",
+        family="layer_norm",
+        module="torch.nn.modules.normalization",
+        attribute="LayerNorm.forward",
+        after="torch",
+        becomes="mindiesd.fast_layernorm",
+        build="mindiesd.patches.layer_norm:build_torch",
+        why="the fast layer-norm kernel where the vendor's operators are present",
+        when="input and parameters of one half or float32 dtype, no gradients",
+        numerics="bitwise equal on CPU and CUDA",
+        requires={"torch": ">=2.5"},
+        parameters=("self", "input"),
+    ),
+    Patch(
+        name="fp32_layer_norm",
+        family="layer_norm",
+        module="diffusers.models.normalization",
+        attribute="FP32LayerNorm.forward",
+        after="diffusers.models.normalization",
+        becomes="mindiesd.fast_layernorm",
+        build="mindiesd.patches.layer_norm:build_fp32",
+        why="one kernel that is float32 inside, instead of casts of input, weight and bias",
+        when="half or float32 input and parameters, no gradients",
+        numerics="float32 inside and one rounding, as the original",
+        requires={"diffusers": ">=0.35,<0.44"},
+        parameters=("self", "inputs"),
+    ),
+)
+
+
+def build_torch(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of ``torch.nn.LayerNorm.forward``."""
+    import torch
+    from torch import Tensor
+    from torch.overrides import has_torch_function_variadic
+
+    from mindiesd.ops import norm
+
+    note = trace_note(site)
+    tracing = torch.compiler.is_dynamo_compiling
+    jit_tracing = torch.jit.is_tracing
+    half_or_single = (torch.float32, torch.bfloat16, torch.float16)
+
+    def refusal(input: Any, shape: Any, weight: Any, bias: Any) -> str | None:
+        if jit_tracing():
+            return law.JIT_TRACE
+        if not isinstance(input, Tensor):
+            return law.NOT_A_TENSOR
+        dtype = input.dtype
+        if dtype not in half_or_single:
+            return law.DTYPE
+        if (weight is not None and weight.dtype is not dtype) or (
+            bias is not None and bias.dtype is not dtype
+        ):
+            return law.MIXED_DTYPES
+        if input.shape[-len(shape) :] != shape:
+            return law.WEIGHT_SHAPE
+        if law.autocast_on(input):
+            return law.AUTOCAST
+        if law.needs_gradients(input, weight, bias):
+            return law.GRADIENTS
+        return None
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if site.everywhere or site.in_force():
+            weight, bias = self.weight, self.bias
+            # A mode or subclass must see F.layer_norm, which the original calls.
+            if not has_torch_function_variadic(input, weight, bias):
+                reason = refusal(input, self.normalized_shape, weight, bias)
+                if reason is None:
+                    if tracing():
+                        note()
+                    else:
+                        site.redirected()
+                    return norm.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
+                if not tracing():
+                    site.fell_back(reason)
+        kept: Tensor = original(self, input)
+        return kept
+
+    return forward
+
+
+def build_fp32(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of diffusers' ``FP32LayerNorm.forward``."""
+    import torch
+    from torch import Tensor
+    from torch.overrides import has_torch_function_variadic
+
+    from mindiesd.ops import norm
+
+    note = trace_note(site)
+    tracing = torch.compiler.is_dynamo_compiling
+    jit_tracing = torch.jit.is_tracing
+    half_or_single = (torch.float32, torch.bfloat16, torch.float16)
+
+    def refusal(inputs: Any, shape: Any, weight: Any, bias: Any) -> str | None:
+        if jit_tracing():
+            return law.JIT_TRACE
+        if not isinstance(inputs, Tensor):
+            return law.NOT_A_TENSOR
+        if inputs.dtype not in half_or_single:
+            return law.DTYPE
+        for parameter in (weight, bias):
+            if parameter is not None and parameter.dtype not in half_or_single:
+                return law.DTYPE
+        if inputs.shape[-len(shape) :] != shape:
+            return law.WEIGHT_SHAPE
+        if law.autocast_on(inputs):
+            return law.AUTOCAST
+        if law.needs_gradients(inputs, weight, bias):
+            return law.GRADIENTS
+        return None
+
+    def forward(self: Any, inputs: Tensor) -> Tensor:
+        if site.everywhere or site.in_force():
+            weight, bias = self.weight, self.bias
+            if not has_torch_function_variadic(inputs, weight, bias):
+                reason = refusal(inputs, self.normalized_shape, weight, bias)
+                if reason is None:
+                    if tracing():
+                        note()
+                    else:
+                        site.redirected()
+                    return norm.layer_norm(inputs, self.normalized_shape, weight, bias, self.eps)
+                if not tracing():
+                    site.fell_back(reason)
+        kept: Tensor = original(self, inputs)
+        return kept
+
+    return forward

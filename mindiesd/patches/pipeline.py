@@ -1,0 +1,183 @@
+"""The door for one pipeline: :func:`patch_pipeline`.
+
+The replacements are installed process-wide but act only inside the forward of a module that is in
+scope. A module is in scope through an instance attribute ``forward``, a method of the instance that
+marks this thread, calls the class's own forward and takes the mark away. That was measured to be
+right across threads and in every order of compiling and scoping; an ambient context variable breaks
+``torch.compile``, and a closure over the instance breaks ``deepcopy``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import TYPE_CHECKING, Any
+
+from mindiesd.errors import ParametersInvalid
+from mindiesd.patches.engine import ENGINE
+from mindiesd.patches.migration import Migration, Options
+from mindiesd.patches.scope import LOCAL, Token
+
+if TYPE_CHECKING:
+    from torch.nn import Module
+
+_PRIOR = "_mindiesd_prior_forward_"
+"""Start of the instance attribute that keeps an instance-level forward that was there before."""
+
+_numbers = itertools.count()
+
+
+@contextmanager
+def patch_pipeline(
+    pipe: Any,
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    numerics: str = "faithful",
+    verify: int = 0,
+    strict: bool = False,
+) -> Iterator[Migration]:
+    """Redirect calls made inside one pipeline's modules, for the length of a ``with`` block.
+
+    Every module of the pipeline is in scope, however it is entered; other models of the process
+    are not, also in other threads, also of the same class. A module that two pipelines share is in
+    scope for both. Modules put into the pipeline inside the block are in scope where they are
+    called from one that was there before.
+
+    Args:
+        pipe: a diffusers pipeline, any object whose attributes hold modules, or one
+            ``torch.nn.Module``.
+        only: as for :func:`patch_all`.
+        skip: as for :func:`patch_all`.
+        numerics: as for :func:`patch_all`.
+        verify: as for :func:`patch_all`.
+        strict: as for :func:`patch_all`.
+
+    Yields:
+        The migration; its ``report()`` counts this block's calls only.
+
+    Raises:
+        ParametersInvalid: ``pipe`` holds no module, or an option is not allowed.
+        PatchError: as for :func:`patch_all`.
+    """
+    options = Options(only, skip, numerics, verify, strict)
+    modules = _modules(pipe)
+    migration = Migration(options, f"pipeline {type(pipe).__name__}")
+    token = Token(frozenset(patch.name for patch in options.patches), migration.ledger)
+    migration.install()
+    scoped = _Scoped(token)
+    try:
+        with ENGINE.lock():
+            for module in modules:
+                scoped.enter(module)
+        yield migration
+    finally:
+        token.active = False
+        with ENGINE.lock():
+            for module in modules:
+                scoped.leave(module)
+        migration.uninstall()
+
+
+def _modules(pipe: Any) -> list[Module]:
+    from torch.nn import Module
+
+    if isinstance(pipe, Module):
+        roots = [pipe]
+    else:
+        held: dict[str, Any] = {}
+        if hasattr(pipe, "components"):
+            held.update(pipe.components)
+        held.update(getattr(pipe, "__dict__", {}))
+        roots = [value for value in held.values() if isinstance(value, Module)]
+    if not roots:
+        raise ParametersInvalid(
+            "pipe", type(pipe).__name__, "a torch.nn.Module or an object that holds some"
+        )
+    every = {id(module): module for root in roots for module in root.modules()}
+    return [module for module in every.values() if _can_reach_a_patch(module)]
+
+
+def _can_reach_a_patch(module: Module) -> bool:
+    """Leave out PyTorch's plain leaves (Linear, Conv …): nothing they call is ever redirected."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    if isinstance(module, OptimizedModule):
+        return False  # its forward is Dynamo's; the module it compiled is in scope itself
+    if next(module.children(), None) is not None:
+        return True
+    kind = type(module)
+    return not kind.__module__.startswith("torch.nn.modules.") or "Norm" in kind.__name__
+
+
+class _Scoped:
+    """Puts modules into the scope of one token and takes them out again.
+
+    Blocks may nest or overlap on a shared module, in any order: each keeps what it found under an
+    attribute of its own and, on leaving, takes its method out of wherever it sits by then.
+    """
+
+    def __init__(self, token: Token) -> None:
+        self._token = token
+        self._prior = f"{_PRIOR}{next(_numbers)}"
+        self._by_class: dict[type, Callable[..., Any]] = {}
+
+    def enter(self, module: Module) -> None:
+        # Straight into __dict__: Module.__setattr__ is the user's to override.
+        held = vars(module)
+        if "forward" in held:
+            held[self._prior] = held["forward"]
+        held["forward"] = MethodType(self._forward_of(type(module)), module)
+
+    def leave(self, module: Module) -> None:
+        held = vars(module)
+        ours = self._by_class.get(type(module))
+        places = [
+            name
+            for name, value in held.items()
+            if isinstance(value, MethodType) and value.__func__ is ours
+        ]
+        for name in places:
+            if self._prior in held:
+                held[name] = held[self._prior]
+            elif name == "forward" or name.startswith(_PRIOR):
+                del held[name]
+            else:
+                # A hook put over ours inside the block (accelerate's _old_forward) will put this
+                # back one day: give it what it would have found without us.
+                held[name] = MethodType(type(module).forward, module)
+        if places:
+            held.pop(self._prior, None)
+        # Otherwise something wraps ours where we cannot see it: the chain stays, ours is inert.
+
+    def _forward_of(self, kind: type) -> Callable[..., Any]:
+        known = self._by_class.get(kind)
+        if known is None:
+            known = self._by_class[kind] = _scoped_forward(kind, self._token, self._prior)
+        return known
+
+
+def _scoped_forward(kind: Any, token: Token, prior_name: str) -> Callable[..., Any]:
+    # wraps: pipelines read the signature of their transformer's forward.
+    @functools.wraps(kind.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        outer = getattr(LOCAL, "token", None)
+        if outer is token or not token.active:
+            return _inner(self, prior_name, args, kwargs)
+        LOCAL.token = token
+        try:
+            return _inner(self, prior_name, args, kwargs)
+        finally:
+            LOCAL.token = outer
+
+    return forward
+
+
+def _inner(module: Any, prior_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    prior = module.__dict__.get(prior_name)
+    if prior is not None:
+        return prior(*args, **kwargs)
+    # Not a captured function: a deepcopy of the module must run on its own weights.
+    return type(module).forward(module, *args, **kwargs)

@@ -1,0 +1,72 @@
+"""The process-wide door: :func:`patch_all` and :func:`unpatch_all`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mindiesd.patches.engine import ENGINE
+from mindiesd.patches.migration import Migration, Options
+
+_current: Migration | None = None
+
+
+def patch_all(
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    numerics: str = "faithful",
+    verify: int = 0,
+    strict: bool = False,
+) -> Migration:
+    """Redirect existing attention, normalisation and rotary calls in the whole process.
+
+    May be called before or after torch, diffusers and transformers are imported; what is not
+    imported yet is patched when it is. Calling it again with the same options changes nothing and
+    returns the same migration; with other options, the last call decides.
+
+    Args:
+        only: names of patches or families to apply, a sequence or a comma-separated text; ``None``
+            for all. A patch that is named here and cannot be applied is an error.
+        skip: names of patches or families to leave out.
+        numerics: ``"faithful"``: never less accurate than the original, against float64;
+            ``"fast"``: may round where the original kept float32.
+        verify: reserved; must be 0.
+        strict: raise when any selected patch cannot be applied.
+
+    Returns:
+        The migration, whose ``report()`` tells what was done.
+
+    Raises:
+        ParametersInvalid: an option is not allowed.
+        PatchError: a patch that was asked for by name, or any under ``strict``, cannot be applied.
+    """
+    global _current
+    options = Options(only, skip, numerics, verify, strict)
+    with ENGINE.lock():
+        if _current is not None:
+            if _current.options == options:
+                return _current
+            unpatch_all()
+        migration = Migration(options, "process")
+        migration.install()
+        for patch in options.patches:
+            site = ENGINE.state(patch.name).site
+            site.ledger = migration.ledger
+            site.everywhere = True
+        _current = migration
+    return migration
+
+
+def unpatch_all() -> None:
+    """Undo :func:`patch_all`: every attribute is again the object it was.
+
+    Pipelines inside a ``patch_pipeline`` block stay patched until their block ends. Without a
+    ``patch_all`` before it, nothing happens.
+    """
+    global _current
+    with ENGINE.lock():
+        if _current is None:
+            return
+        for patch in _current.options.patches:
+            ENGINE.state(patch.name).site.everywhere = False
+        _current.uninstall()
+        _current = None

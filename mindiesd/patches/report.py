@@ -1,0 +1,272 @@
+"""The report: what was patched and what became of the calls, for people and for programs."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import mindiesd
+from mindiesd.errors import ParametersInvalid
+
+SCHEMA = 1
+"""Version of the dictionary form; grows when a field changes its meaning or goes away."""
+
+DISTRIBUTIONS = ("torch", "torch_npu", "diffusers", "transformers", "wrapt")
+"""The packages whose versions decide what a patch may assume."""
+
+_STATUS_ORDER = ("applied", "pending", "skipped")
+
+
+def versions() -> dict[str, str | None]:
+    """The installed versions that matter here, read from package metadata; ``None``: absent."""
+    from importlib import metadata
+
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = None
+    return found
+
+
+@dataclass(kw_only=True)
+class PatchReport:
+    """What happened to one patch.
+
+    Attributes:
+        name: the record's name.
+        family: the record's family.
+        target: dotted name of what is redirected.
+        becomes: dotted name of where it is redirected to.
+        why: what is gained.
+        numerics: how the result relates to the original's.
+        status: ``"applied"``, ``"pending"`` (its module has not been imported) or ``"skipped"``.
+        reason: why it is pending or skipped; empty when applied.
+        redirected: eager calls that took the new path.
+        traced: calls traced into compiled graphs on the new path; how often a compiled graph runs
+            is not counted.
+        fell_back: reason -> eager calls that went to the original.
+        rebound: other places that held the original and now hold the replacement.
+        unreached: places that hold the original and were left alone; calls made through them are
+            not redirected.
+    """
+
+    name: str
+    family: str
+    target: str
+    becomes: str
+    why: str
+    numerics: str
+    status: str
+    reason: str = ""
+    redirected: int = 0
+    traced: int = 0
+    fell_back: dict[str, int] = field(default_factory=dict)
+    rebound: list[str] = field(default_factory=list)
+    unreached: list[str] = field(default_factory=list)
+
+
+@dataclass(kw_only=True)
+class Report:
+    """What a migration did so far.
+
+    Attributes:
+        patches: one entry for each selected patch.
+        options: the options of ``patch_all`` or ``patch_pipeline``.
+        versions: installed versions, by distribution.
+        notes: one-line remarks that belong to no single patch.
+        processes: how many processes' counts are in here.
+        torch_imported: whether any of those processes imported torch.
+    """
+
+    patches: list[PatchReport]
+    options: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str | None] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    processes: int = 1
+    torch_imported: bool = True
+
+    @property
+    def redirected(self) -> int:
+        """Eager calls that took the new path, over all patches."""
+        return sum(patch.redirected for patch in self.patches)
+
+    @property
+    def traced(self) -> int:
+        """Calls traced into compiled graphs, over all patches."""
+        return sum(patch.traced for patch in self.patches)
+
+    @property
+    def fell_back(self) -> int:
+        """Eager calls that went to the original, over all patches."""
+        return sum(sum(patch.fell_back.values()) for patch in self.patches)
+
+    def summary(self) -> str:
+        """One line for the terminal."""
+        if not self.torch_imported:
+            return "mindiesd: torch was never imported, nothing to patch"
+        applied = sum(patch.status == "applied" for patch in self.patches)
+        parts = [
+            f"{applied} patches",
+            f"{_spaced(self.redirected)} calls redirected",
+            f"{_spaced(self.fell_back)} fell back",
+        ]
+        if self.traced:
+            parts.append(f"{_spaced(self.traced)} compiled in")
+        for status in ("skipped", "pending"):
+            count = sum(patch.status == status for patch in self.patches)
+            if count:
+                parts.append(f"{count} {status}")
+        if self.processes > 1:
+            parts.append(f"{self.processes} processes")
+        return "mindiesd: " + ", ".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data; ``schema`` names the version of this form."""
+        return {
+            "schema": SCHEMA,
+            "mindiesd": mindiesd.__version__,
+            "summary": {
+                "patches": sum(patch.status == "applied" for patch in self.patches),
+                "redirected": self.redirected,
+                "traced": self.traced,
+                "fell_back": self.fell_back,
+            },
+            "options": self.options,
+            "versions": self.versions,
+            "notes": self.notes,
+            "processes": self.processes,
+            "torch_imported": self.torch_imported,
+            "patches": [asdict(patch) for patch in self.patches],
+        }
+
+    def to_json(self) -> str:
+        """``to_dict`` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Report:
+        """Read back what ``to_dict`` wrote.
+
+        Raises:
+            ParametersInvalid: ``data`` has another schema version.
+        """
+        if data.get("schema") != SCHEMA:
+            raise ParametersInvalid("data['schema']", data.get("schema"), str(SCHEMA))
+        return cls(
+            patches=[PatchReport(**patch) for patch in data["patches"]],
+            options=dict(data["options"]),
+            versions=dict(data["versions"]),
+            notes=list(data["notes"]),
+            processes=data["processes"],
+            torch_imported=data["torch_imported"],
+        )
+
+    @classmethod
+    def merged(cls, reports: Iterable[Report]) -> Report:
+        """One report for several processes of one program: counts add up.
+
+        Options and versions are the first report's; a patch counts as applied when it was applied
+        in any process.
+
+        Raises:
+            ParametersInvalid: there is no report to merge.
+        """
+        every = list(reports)
+        if not every:
+            raise ParametersInvalid("reports", every, "at least one report")
+        merged: dict[str, PatchReport] = {}
+        for report in every:
+            for patch in report.patches:
+                known = merged.get(patch.name)
+                if known is None:
+                    merged[patch.name] = PatchReport(**asdict(patch))
+                else:
+                    _add(known, patch)
+        return cls(
+            patches=list(merged.values()),
+            options=every[0].options,
+            versions=every[0].versions,
+            notes=list(dict.fromkeys(note for report in every for note in report.notes)),
+            processes=sum(report.processes for report in every),
+            torch_imported=any(report.torch_imported for report in every),
+        )
+
+    def __str__(self) -> str:
+        """A table for people, 120 columns wide unless the terminal says otherwise."""
+        return render(self)
+
+
+def _add(into: PatchReport, other: PatchReport) -> None:
+    if _STATUS_ORDER.index(other.status) < _STATUS_ORDER.index(into.status):
+        into.status, into.reason = other.status, other.reason
+    into.redirected += other.redirected
+    into.traced += other.traced
+    for reason, count in other.fell_back.items():
+        into.fell_back[reason] = into.fell_back.get(reason, 0) + count
+    into.rebound = list(dict.fromkeys(into.rebound + other.rebound))
+    into.unreached = list(dict.fromkeys(into.unreached + other.unreached))
+
+
+def _spaced(number: int) -> str:
+    return f"{number:,}".replace(",", " ")
+
+
+def render(report: Report, width: int | None = None, color: bool = False) -> str:
+    """The report as text.
+
+    Args:
+        report: what to show.
+        width: columns; ``None`` takes the terminal's width, 120 where there is none.
+        color: whether to use terminal colours.
+    """
+    import io
+    import shutil
+
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("patch", no_wrap=True)
+    table.add_column("status", no_wrap=True)
+    table.add_column("redirected", justify="right", no_wrap=True)
+    table.add_column("fell back", justify="right", no_wrap=True)
+    table.add_column("target and remarks", overflow="fold")
+    styles = {"applied": "green", "pending": "yellow", "skipped": "red"}
+    for patch in report.patches:
+        remarks = [f"{patch.target} → {patch.becomes}"]
+        if patch.reason:
+            remarks.append(patch.reason)
+        if patch.status == "applied" and not (patch.redirected or patch.traced or patch.fell_back):
+            remarks.append("never called")
+        if patch.traced:
+            remarks.append(f"{_spaced(patch.traced)} calls compiled into graphs")
+        remarks += [
+            f"fell back {_spaced(count)} ×: {reason}"
+            for reason, count in sorted(patch.fell_back.items(), key=lambda item: -item[1])
+        ]
+        if patch.rebound:
+            remarks.append("also rebound: " + ", ".join(patch.rebound))
+        if patch.unreached:
+            remarks.append("not reached: " + ", ".join(patch.unreached))
+        table.add_row(
+            patch.name,
+            Text(patch.status, style=styles.get(patch.status, "")),
+            _spaced(patch.redirected),
+            _spaced(sum(patch.fell_back.values())),
+            Text("\n".join(remarks)),
+        )
+    out = io.StringIO()
+    columns = width or shutil.get_terminal_size((120, 24)).columns
+    console = Console(file=out, width=columns, force_terminal=color, color_system="auto")
+    console.print(report.summary(), highlight=False, markup=False)
+    console.print(table)
+    for note in report.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)
+    return out.getvalue().rstrip() + "\n"

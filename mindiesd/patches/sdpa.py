@@ -1,0 +1,133 @@
+"""``torch.nn.functional.scaled_dot_product_attention`` → ``attention_forward``.
+
+diffusers and transformers look the function up on ``torch.nn.functional`` at call time, so this one
+target reaches nearly all attention of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mindiesd.patches import law
+from mindiesd.patches.registry import Patch
+from mindiesd.patches.scope import Site, trace_note
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+RECORDS = (
+    Patch(
+        name="sdpa",
+        family="sdpa",
+        module="torch.nn.functional",
+        attribute="scaled_dot_product_attention",
+        after="torch",
+        becomes="mindiesd.attention_forward",
+        build="mindiesd.patches.sdpa:build",
+        why=(
+            "additive masks, causal attention and odd shapes reach a fused Ascend kernel instead "
+            "of a materialised score matrix"
+        ),
+        when=(
+            "4-D query, key and value of one floating dtype and device; no mask, a bool mask or "
+            "an additive mask that broadcasts; no dropout, no gradients, not mask and is_causal "
+            "together"
+        ),
+        numerics="bitwise equal on CPU and CUDA",
+        requires={"torch": ">=2.5"},
+        # The builtin's own home: PyTorch's nested tensors compare with it by identity.
+        keep_in=("torch._C",),
+    ),
+)
+
+
+def build(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of ``F.scaled_dot_product_attention``."""
+    import torch
+    from torch import Tensor
+    from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+    from mindiesd.ops import attention
+
+    note = trace_note(site)
+    tracing = torch.compiler.is_dynamo_compiling
+    grad_enabled = torch.is_grad_enabled
+    jit_tracing = torch.jit.is_tracing
+
+    def scaled_dot_product_attention(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        if has_torch_function_variadic(query, key, value, attn_mask):
+            if not any(getattr(tensor, "is_nested", False) for tensor in (query, key, value)):
+                # Modes and subclasses compare the function they are given with the public name
+                # (diffusers' layer skipping does), so they must see this function.
+                result: Tensor = handle_torch_function(
+                    scaled_dot_product_attention,
+                    (query, key, value, attn_mask),
+                    query,
+                    key,
+                    value,
+                    attn_mask=attn_mask,
+                    dropout_p=dropout_p,
+                    is_causal=is_causal,
+                    scale=scale,
+                    enable_gqa=enable_gqa,
+                )
+                return result
+        elif site.everywhere or site.in_force():
+            reason: str | None
+            if dropout_p != 0.0:
+                reason = law.DROPOUT
+            elif not (scale is None or type(scale) is float) or (
+                is_causal is not False and is_causal is not True
+            ):
+                reason = law.UNUSUAL_ARGUMENT
+            elif jit_tracing():
+                # Sizes are tensors there, and comparing them would fix them in the trace.
+                reason = law.JIT_TRACE
+            elif not (
+                isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
+            ):
+                reason = law.NOT_A_TENSOR
+            else:
+                reason = attention.refusal(query, key, value, attn_mask, is_causal, enable_gqa)
+                if (
+                    reason is None
+                    and grad_enabled()
+                    and (
+                        query.requires_grad
+                        or key.requires_grad
+                        or value.requires_grad
+                        or (attn_mask is not None and attn_mask.requires_grad)
+                    )
+                ):
+                    reason = law.GRADIENTS
+            if reason is None:
+                if tracing():
+                    note()
+                else:
+                    site.redirected()
+                return attention.attend(query, key, value, attn_mask, scale, is_causal)
+            if not tracing():
+                site.fell_back(reason)
+        kept: Tensor = original(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+        return kept
+
+    return scaled_dot_product_attention
+
+
+def after_install(replacement: Callable[..., Any]) -> None:
+    """Let ``torch.jit.script`` compile calls of the replacement to the operator it replaces."""
+    from torch.jit import _builtins
+
+    _builtins._register_builtin(replacement, "aten::scaled_dot_product_attention")
