@@ -221,6 +221,7 @@ class Engine:
                 if not holder.undo():
                     state.lost.append(holder.where)
             for original, replacement in state.replaced:
+                _tell(state.patch, "after_uninstall", replacement)
                 back[id(replacement)] = (replacement, original)
             lost += state.lost
             state.holders, state.replaced = [], []
@@ -299,6 +300,13 @@ def _resolve(path: str) -> Callable[[Any, Site], Callable[..., Any]]:
     module, _, name = path.partition(":")
     found: Callable[[Any, Site], Callable[..., Any]] = getattr(import_module(module), name)
     return found
+
+
+def _tell(patch: Patch, event: str, replacement: Callable[..., Any]) -> None:
+    """Call the family's ``after_install`` or ``after_uninstall``, where it has one."""
+    told = getattr(import_module(patch.build.partition(":")[0]), event, None)
+    if told is not None:
+        told(replacement)
 
 
 ENGINE = Engine()

@@ -44,6 +44,17 @@ def autocast_on(tensor: Tensor) -> bool:
     return torch.is_autocast_enabled(tensor.device.type)
 
 
+def jit_tracing() -> Callable[[], bool]:
+    """The function that tells whether ``torch.jit.trace`` is running.
+
+    Sizes are tensors there: comparing them would fix them in the trace.
+    """
+    import torch.jit
+
+    is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
+    return is_tracing
+
+
 class SignatureChanged(Exception):
     """The target takes other parameters than its replacement was written for."""
 
@@ -70,9 +81,22 @@ def dress(
                 f"takes {inspect.signature(original)}, known is {inspect.signature(replacement)}"
             )
         functools.update_wrapper(replacement, original)
+        _share_names(replacement, original)
     else:
         # A builtin has nothing for inspect.signature to follow, so no __wrapped__ either.
         replacement.__doc__ = original.__doc__
         replacement.__name__ = qualname.rpartition(".")[2]
     replacement.__module__ = module
     replacement.__qualname__ = qualname
+
+
+def _share_names(replacement: Callable[..., Any], original: FunctionType) -> None:
+    """Let ``torch.jit.script`` compile the original's source in the replacement's place.
+
+    It follows ``__wrapped__`` to the source but resolves the names in it through the globals of the
+    function it was given.
+    """
+    ours: dict[str, Any] = getattr(replacement, "__globals__")  # noqa: B009 - a Callable to mypy
+    for name in original.__code__.co_names:
+        if name in original.__globals__ and name not in ours:
+            ours[name] = original.__globals__[name]

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 RECORDS = (
     Patch(
-        name="layer_norm",
+        name="torch_layer_norm",
         family="layer_norm",
         module="torch.nn.modules.normalization",
         attribute="LayerNorm.forward",
@@ -59,7 +59,7 @@ def build_torch(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = torch.jit.is_tracing
+    jit_tracing = law.jit_tracing()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
     def refusal(input: Any, shape: Any, weight: Any, bias: Any) -> str | None:
@@ -90,7 +90,7 @@ def build_torch(original: Any, site: Site) -> Callable[..., Any]:
                 reason = refusal(input, self.normalized_shape, weight, bias)
                 if reason is None:
                     if tracing():
-                        note()
+                        note(site.scope_key())
                     else:
                         site.redirected()
                     return norm.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
@@ -112,7 +112,7 @@ def build_fp32(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = torch.jit.is_tracing
+    jit_tracing = law.jit_tracing()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
     def refusal(inputs: Any, shape: Any, weight: Any, bias: Any) -> str | None:
@@ -140,7 +140,7 @@ def build_fp32(original: Any, site: Site) -> Callable[..., Any]:
                 reason = refusal(inputs, self.normalized_shape, weight, bias)
                 if reason is None:
                     if tracing():
-                        note()
+                        note(site.scope_key())
                     else:
                         site.redirected()
                     return norm.layer_norm(inputs, self.normalized_shape, weight, bias, self.eps)

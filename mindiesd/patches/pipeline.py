@@ -102,10 +102,13 @@ def _modules(pipe: Any) -> list[Module]:
 
 def _can_reach_a_patch(module: Module) -> bool:
     """Leave out PyTorch's plain leaves (Linear, Conv …): nothing they call is ever redirected."""
+    import torch
     from torch._dynamo.eval_frame import OptimizedModule
 
     if isinstance(module, OptimizedModule):
         return False  # its forward is Dynamo's; the module it compiled is in scope itself
+    if type(module).forward is torch.nn.Module.forward:
+        return False  # a container such as ModuleList
     if next(module.children(), None) is not None:
         return True
     kind = type(module)
@@ -160,24 +163,37 @@ class _Scoped:
 
 
 def _scoped_forward(kind: Any, token: Token, prior_name: str) -> Callable[..., Any]:
+    # The class's function, called with self: a deepcopy of a module runs on its own weights. It is
+    # looked up here because Dynamo cannot read it from a class marked allow_in_graph, as diffusers
+    # marks its blocks.
+    class_forward = kind.forward
+
     # wraps: pipelines read the signature of their transformer's forward.
-    @functools.wraps(kind.forward)
+    @functools.wraps(class_forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        inner = _prior(self, prior_name)
         outer = getattr(LOCAL, "token", None)
         if outer is token or not token.active:
-            return _inner(self, prior_name, args, kwargs)
+            if inner is None:
+                return class_forward(self, *args, **kwargs)
+            return inner(*args, **kwargs)
         LOCAL.token = token
         try:
-            return _inner(self, prior_name, args, kwargs)
+            if inner is None:
+                return class_forward(self, *args, **kwargs)
+            return inner(*args, **kwargs)
         finally:
             LOCAL.token = outer
 
+    # A method pickles by the name of its function.
+    forward.__name__ = "forward"
+    vars(forward)[_PRIOR] = prior_name
     return forward
 
 
-def _inner(module: Any, prior_name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    prior = module.__dict__.get(prior_name)
-    if prior is not None:
-        return prior(*args, **kwargs)
-    # Not a captured function: a deepcopy of the module must run on its own weights.
-    return type(module).forward(module, *args, **kwargs)
+def _prior(module: Any, name: str) -> Any:
+    """The instance-level forward that was there before, past enclosing blocks: ours decides."""
+    prior = module.__dict__.get(name)
+    while isinstance(prior, MethodType) and _PRIOR in vars(prior.__func__):
+        prior = module.__dict__.get(vars(prior.__func__)[_PRIOR])
+    return prior

@@ -61,7 +61,7 @@ def build_functional(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = torch.jit.is_tracing
+    jit_tracing = law.jit_tracing()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
     default_eps = torch.finfo(torch.float32).eps
 
@@ -101,7 +101,7 @@ def build_functional(original: Any, site: Site) -> Callable[..., Any]:
             reason = refusal(input, normalized_shape, weight)
             if reason is None:
                 if tracing():
-                    note()
+                    note(site.scope_key())
                 else:
                     site.redirected()
                 return norm.rms_norm(input, weight, default_eps if eps is None else eps)
@@ -122,7 +122,7 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = torch.jit.is_tracing
+    jit_tracing = law.jit_tracing()
     half = (torch.bfloat16, torch.float16)
     half_or_single = (torch.float32, *half)
 
@@ -153,7 +153,7 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
             reason = refusal(hidden_states, weight, bias)
             if reason is None:
                 if tracing():
-                    note()
+                    note(site.scope_key())
                 else:
                     site.redirected()
                 # The original's result dtype: half weights make it theirs, float32 weights

@@ -48,7 +48,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = torch.jit.is_tracing
+    jit_tracing = law.jit_tracing()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
     def refusal(x: Any, tables: Any, use_real: Any, unbind: Any, sequence_dim: Any) -> str | None:
@@ -88,7 +88,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
             reason = refusal(x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim)
             if reason is None:
                 if tracing():
-                    note()
+                    note(site.scope_key())
                 else:
                     site.redirected()
                 cos, sin = freqs_cis

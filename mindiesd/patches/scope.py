@@ -8,7 +8,9 @@ graph and class-level defaults or ``__dict__`` reads on a thread-local go stale.
 
 from __future__ import annotations
 
+import itertools
 import threading
+import weakref
 from collections.abc import Callable
 
 from mindiesd.patches.ledger import Ledger
@@ -17,14 +19,27 @@ LOCAL = threading.local()
 """``LOCAL.token`` is the token of the scoped module whose forward this thread is inside of."""
 
 
+_numbers = itertools.count(1)
+_tokens: weakref.WeakValueDictionary[str, Token] = weakref.WeakValueDictionary()
+
+
 class Token:
-    """The modules of one ``patch_pipeline`` block, as the replacements see it."""
+    """The modules of one ``patch_pipeline`` block, as the replacements see it.
+
+    Attributes:
+        active: False once the block has ended.
+        names: the patches that are in force in the block.
+        ledger: where the block's calls are counted.
+        key: unique text; a constant to Dynamo, which an object is not.
+    """
 
     def __init__(self, names: frozenset[str], ledger: Ledger) -> None:
         """Open a scope in which the patches called ``names`` are in force."""
         self.active = True
         self.names = names
         self.ledger = ledger
+        self.key = f"block {next(_numbers)}"
+        _tokens[self.key] = self
 
 
 class Site:
@@ -43,7 +58,7 @@ class Site:
         token = getattr(LOCAL, "token", None)
         return token is not None and self.name in token.names
 
-    # The three below run outside compiled graphs only: a counter inside a traced function makes
+    # The two below run outside compiled graphs only: a counter inside a traced function makes
     # every call recompile.
 
     def redirected(self) -> None:
@@ -56,20 +71,25 @@ class Site:
         token = getattr(LOCAL, "token", None)
         (self.ledger if token is None else token.ledger)[self.name].fell_back(reason)
 
-    def traced(self) -> None:
-        """Count a call that was traced into a compiled graph."""
+    def scope_key(self) -> str:
+        """The key of the token this call is under; empty where there is none."""
         token = getattr(LOCAL, "token", None)
-        (self.ledger if token is None else token.ledger)[self.name].traced()
+        return "" if token is None else token.key
 
 
-def trace_note(site: Site) -> Callable[[], None]:
-    """A function for replacements to call while Dynamo traces them: counts once per trace."""
+def trace_note(site: Site) -> Callable[[str], None]:
+    """A function for replacements to call while Dynamo traces them: counts once per trace.
+
+    It is given ``site.scope_key()``: what a traced forward assigned to ``LOCAL`` exists in the
+    trace only, so the function cannot look there itself.
+    """
     import torch
+
+    def note(key: str) -> None:
+        token = _tokens.get(key)
+        (site.ledger if token is None else token.ledger)[site.name].traced()
 
     # Dynamo runs a function marked as constant for real, once, at trace time, and bakes in its
     # result; nothing of it is left in the graph.
-    def note() -> None:
-        site.traced()
-
-    marked: Callable[[], None] = torch.compiler.assume_constant_result(note)  # type: ignore[no-untyped-call]
+    marked: Callable[[str], None] = torch.compiler.assume_constant_result(note)  # type: ignore[no-untyped-call]
     return marked

@@ -53,7 +53,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
     grad_enabled = torch.is_grad_enabled
-    jit_tracing = torch.jit.is_tracing
+    jit_tracing = law.jit_tracing()
 
     def scaled_dot_product_attention(
         query: Tensor,
@@ -66,7 +66,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
         enable_gqa: bool = False,
     ) -> Tensor:
         if has_torch_function_variadic(query, key, value, attn_mask):
-            if not any(getattr(tensor, "is_nested", False) for tensor in (query, key, value)):
+            if not any(isinstance(t, Tensor) and t.is_nested for t in (query, key, value)):
                 # Modes and subclasses compare the function they are given with the public name
                 # (diffusers' layer skipping does), so they must see this function.
                 result: Tensor = handle_torch_function(
@@ -91,12 +91,11 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
             ):
                 reason = law.UNUSUAL_ARGUMENT
             elif jit_tracing():
-                # Sizes are tensors there, and comparing them would fix them in the trace.
                 reason = law.JIT_TRACE
             elif not (
                 isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
             ):
-                reason = law.NOT_A_TENSOR
+                reason = law.NOT_A_TENSOR  # type: ignore[unreachable] # callers may pass anything
             else:
                 reason = attention.refusal(query, key, value, attn_mask, is_causal, enable_gqa)
                 if (
@@ -112,7 +111,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                     reason = law.GRADIENTS
             if reason is None:
                 if tracing():
-                    note()
+                    note(site.scope_key())
                 else:
                     site.redirected()
                 return attention.attend(query, key, value, attn_mask, scale, is_causal)
@@ -131,3 +130,11 @@ def after_install(replacement: Callable[..., Any]) -> None:
     from torch.jit import _builtins
 
     _builtins._register_builtin(replacement, "aten::scaled_dot_product_attention")
+
+
+def after_uninstall(replacement: Callable[..., Any]) -> None:
+    """Take the replacement out of the table: it is keyed by ``id``, which will be reused."""
+    from torch.jit import _builtins
+
+    table: dict[int, str] = _builtins._get_builtin_table()  # type: ignore[no-untyped-call]
+    table.pop(id(replacement), None)

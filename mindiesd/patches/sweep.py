@@ -112,7 +112,7 @@ def _rebind_deep(
     done: list[Holder] = []
     seen: set[int] = set()
     for owner in gc.get_referrers(*containers):
-        if id(owner) in seen or skip(getattr(owner, "__module__", None) or ""):
+        if id(owner) in seen or skip(_home(owner)):
             continue
         seen.add(id(owner))
         if isinstance(owner, type):
@@ -136,7 +136,7 @@ def _rebind_class(
         # bound method, which would pass the instance as the first argument.
         unbound = to_replacement and isinstance(old, BuiltinFunctionType)
         fresh = staticmethod(new) if static or unbound else new
-        where = f"{owner.__module__}.{owner.__qualname__}.{key}"
+        where = f"{_home(owner)}.{owner.__qualname__}.{key}"
         try:
             setattr(owner, key, fresh)
         except (AttributeError, TypeError):
@@ -158,7 +158,7 @@ def _rebind_defaults(
     owner: FunctionType, replacements: Mapping[int, tuple[Any, Any]]
 ) -> list[Holder]:
     done = []
-    where = f"{owner.__module__}.{owner.__qualname__}"
+    where = f"{_home(owner)}.{owner.__qualname__}"
     defaults = owner.__defaults__
     if defaults and any(id(value) in replacements for value in defaults):
         fresh = tuple(
@@ -208,6 +208,14 @@ def describe_holders(
             if any(value is original for value in values):
                 found.setdefault(name, set()).add(description)
 
+    def note_attributes(owner: Any) -> None:
+        kind = type(owner)
+        held = getattr(owner, "__dict__", None)
+        if type(held) is not dict or isinstance(owner, FunctionType) or skip(_home(kind)):
+            return
+        for key, value in list(held.items()):
+            note([value], f"attribute {key!r} of a {_home(kind)}.{kind.__qualname__}")
+
     modules = {
         id(vars(module)): name
         for name, module in list(sys.modules.items())
@@ -221,6 +229,8 @@ def describe_holders(
             note([holder.func, *holder.args], "a functools.partial object")
         elif type(holder) in (dict, list, set, CellType):
             containers[id(holder)] = holder
+        else:  # an instance whose attributes have no dictionary of their own yet
+            note_attributes(holder)
     if not containers:
         return {}
     tuples: dict[int, CellType] = {}
@@ -233,21 +243,23 @@ def describe_holders(
         elif type(owner) is tuple:
             tuples |= {id(owner): cell for cell in owner if type(cell) is CellType}
         elif not isinstance(owner, (type, ModuleType, FunctionType)):
-            held = getattr(owner, "__dict__", None)
-            kind = type(owner)
-            if id(held) in containers and type(held) is dict and not skip(kind.__module__):
-                for key, value in list(held.items()):
-                    note([value], f"attribute {key!r} of a {kind.__module__}.{kind.__qualname__}")
+            note_attributes(owner)
     if tuples:
         for owner in gc.get_referrers(*[owner for owner in owners if id(owner) in tuples]):
-            if isinstance(owner, FunctionType) and not skip(owner.__module__ or ""):
+            if isinstance(owner, FunctionType) and not skip(_home(owner)):
                 cells = owner.__closure__ or ()
                 note(
                     [cell.cell_contents for cell in cells if id(cell) in containers],
-                    f"the closure of {owner.__module__}.{owner.__qualname__}",
+                    f"the closure of {_home(owner)}.{owner.__qualname__}",
                 )
     return {name: sorted(places) for name, places in found.items()}
 
 
 def _items(container: Any) -> list[Any]:
     return list(container.values() if isinstance(container, dict) else container)
+
+
+def _home(value: Any) -> str:
+    # A class may define __module__ as anything, a property for one.
+    module = getattr(value, "__module__", None)
+    return module if isinstance(module, str) else ""

@@ -131,19 +131,20 @@ def test_reload_keeps_the_patch_and_undo_restores_the_new_original() -> None:
         import torch
         import diffusers.models.embeddings as embeddings
         import mindiesd
-        before = embeddings.apply_rotary_emb
+        # In lists: a module-level name that holds the function would itself be rebound.
+        before = [embeddings.apply_rotary_emb]
         migration = mindiesd.patch_all()
-        loader = embeddings.__loader__
         importlib.reload(embeddings)
         assert type(embeddings.__loader__).__module__.startswith(("_frozen_importlib", "importlib"))
-        patched = embeddings.apply_rotary_emb
-        assert patched is not before and patched.__wrapped__ is not before
+        patched = [embeddings.apply_rotary_emb]
+        original = [patched[0].__wrapped__]
+        assert patched[0] is not before[0] and original[0] is not before[0]
         x = torch.randn(1, 2, 3, 8)
         embeddings.apply_rotary_emb(x, (torch.randn(3, 8), torch.randn(3, 8)))
         by_name = {p.name: p for p in migration.report().patches}
         assert by_name["diffusers_rope"].redirected == 1
         mindiesd.unpatch_all()
-        assert embeddings.apply_rotary_emb is patched.__wrapped__
+        assert embeddings.apply_rotary_emb is original[0]
         importlib.reload(embeddings)
         assert not hasattr(embeddings.apply_rotary_emb, "__wrapped__"), "patched after the end"
         """

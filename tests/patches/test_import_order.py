@@ -35,7 +35,7 @@ def counts(migration):
     return {patch.name: patch.redirected for patch in migration.report().patches}
 
 ONCE = {
-    "sdpa": 1, "torch_rms_norm": 1, "layer_norm": 1, "fp32_layer_norm": 1,
+    "sdpa": 1, "torch_rms_norm": 1, "torch_layer_norm": 1, "fp32_layer_norm": 1,
     "diffusers_rms_norm": 1, "diffusers_rope": 2,
 }
 IMPORT = "import torch, transformers, diffusers.models.transformers.transformer_flux"

@@ -69,7 +69,7 @@ def test_modules_entered_through_other_methods() -> None:
     vae = Vae()
     with torch.no_grad(), mindiesd.patch_pipeline(Pipe(vae=vae)) as migration:
         vae.decode(torch.randn(2, 3, 8))
-    assert {p.name: p.redirected for p in migration.report().patches}["layer_norm"] == 1
+    assert {p.name: p.redirected for p in migration.report().patches}["torch_layer_norm"] == 1
 
 
 def test_other_thread_with_a_model_of_the_same_class() -> None:
@@ -100,14 +100,14 @@ def test_two_pipelines_at_once_with_their_own_options_and_counts() -> None:
     first, second = tiny_flux_transformer(), tiny_flux_transformer()
     with (
         mindiesd.patch_pipeline(first, only="sdpa") as one,
-        mindiesd.patch_pipeline(second, only="layer_norm") as two,
+        mindiesd.patch_pipeline(second, only="torch_layer_norm") as two,
     ):
         run(first)
         run(second)
         run(second)
     assert [p.name for p in one.report().patches] == ["sdpa"]
     assert one.report().redirected == 2
-    assert [p.name for p in two.report().patches] == ["layer_norm"]
+    assert [p.name for p in two.report().patches] == ["torch_layer_norm"]
     assert two.report().redirected > 0 and two.report().redirected % 2 == 0
 
 
@@ -156,9 +156,9 @@ def test_nested_and_overlapping_blocks_on_one_module() -> None:
 def test_inside_patch_all() -> None:
     model = tiny_flux_transformer()
     everywhere = mindiesd.patch_all(only="sdpa")
-    with mindiesd.patch_pipeline(model, only="layer_norm") as scoped:
+    with mindiesd.patch_pipeline(model, only="torch_layer_norm") as scoped:
         run(model)
-        assert {p.name: p.redirected for p in scoped.report().patches}["layer_norm"] > 0
+        assert {p.name: p.redirected for p in scoped.report().patches}["torch_layer_norm"] > 0
     run(model)
     assert everywhere.report().redirected == 2
     assert F.scaled_dot_product_attention is not torch._C._nn.scaled_dot_product_attention

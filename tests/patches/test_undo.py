@@ -43,7 +43,7 @@ def test_every_attribute_is_again_the_object_it_was() -> None:
                     for key, value in list(vars(module).items()):
                         taken[name, key] = value
             for kind in classes():
-                if kind.__module__.startswith("mindiesd"):
+                if str(kind.__module__).startswith("mindiesd"):
                     continue
                 for key, value in list(vars(kind).items()):
                     taken["class", id(kind), kind, key] = value
@@ -65,6 +65,8 @@ def test_every_attribute_is_again_the_object_it_was() -> None:
         different = [key for key in before if key not in after or after[key] is not before[key]]
         # Attributes that importing or running code changes by itself, patched or not.
         different = [key for key in different if "cache" not in str(key).lower()]
+        # torch.compiler.reset() starts Dynamo's own counters anew.
+        different = [key for key in different if "torch._dynamo" not in str(key)]
         assert not different, different
         fresh = set(after) - set(before)
         leaked = [key for key in fresh if "mindiesd" in repr(after[key])]
@@ -77,44 +79,44 @@ def test_holders_of_every_kind() -> None:
     """By-name imports, class attributes and defaults are told apart, rebound, and restored."""
     run_python(
         """
-        import functools, sys, types
+        import functools, sys, textwrap, types
         import torch
         import torch.nn.functional as F
         import mindiesd
 
         user = types.ModuleType("user_module")
         sys.modules["user_module"] = user
-        exec('''
-import functools
-from torch.nn.functional import scaled_dot_product_attention, rms_norm
-from torch.nn.functional import scaled_dot_product_attention as attend
+        exec(textwrap.dedent('''
+            import functools
+            from torch.nn.functional import scaled_dot_product_attention, rms_norm
+            from torch.nn.functional import scaled_dot_product_attention as attend
 
-class Holder:
-    attn = scaled_dot_product_attention          # a builtin does not bind
-    static = staticmethod(scaled_dot_product_attention)
-    norm = staticmethod(rms_norm)
+            class Holder:
+                attn = scaled_dot_product_attention          # a builtin does not bind
+                static = staticmethod(scaled_dot_product_attention)
+                norm = staticmethod(rms_norm)
 
-def default(q, fn=scaled_dot_product_attention):
-    return fn(q, q, q)
+            def default(q, fn=scaled_dot_product_attention):
+                return fn(q, q, q)
 
-def keyword_default(q, *, fn=scaled_dot_product_attention):
-    return fn(q, q, q)
+            def keyword_default(q, *, fn=scaled_dot_product_attention):
+                return fn(q, q, q)
 
-TABLE = {"sdpa": scaled_dot_product_attention}
-PARTIAL = functools.partial(scaled_dot_product_attention, is_causal=False)
+            TABLE = {"sdpa": scaled_dot_product_attention}
+            PARTIAL = functools.partial(scaled_dot_product_attention, is_causal=False)
 
-class Instance:
-    def __init__(self):
-        self.fn = scaled_dot_product_attention
+            class Instance:
+                def __init__(self):
+                    self.fn = scaled_dot_product_attention
 
-INSTANCE = Instance()
+            INSTANCE = Instance()
 
-def make():
-    fn = scaled_dot_product_attention
-    return lambda q: fn(q, q, q)
+            def make():
+                fn = scaled_dot_product_attention
+                return lambda q: fn(q, q, q)
 
-CLOSURE = make()
-''', vars(user))
+            CLOSURE = make()
+        '''), vars(user))
 
         def state():
             return [
@@ -209,7 +211,7 @@ def test_thousand_cycles_leak_nothing() -> None:
         import mindiesd
 
         def cycle():
-            mindiesd.patch_all(only=["sdpa", "torch_rms_norm", "layer_norm"])
+            mindiesd.patch_all(only=["sdpa", "torch_rms_norm", "torch_layer_norm"])
             mindiesd.unpatch_all()
 
         for _ in range(5):

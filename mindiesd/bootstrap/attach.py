@@ -1,0 +1,157 @@
+"""The part of the launcher that is loaded once the program imports torch, and at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import wrapt
+
+from mindiesd.bootstrap.settings import Settings
+from mindiesd.patches import patch_all, process
+from mindiesd.patches.report import Report
+
+if TYPE_CHECKING:
+    from mindiesd.bootstrap._mindiesd_start import Process
+
+
+class Attached:
+    """The patches of this process, and the file in which it hands its counts in."""
+
+    def __init__(self, me: Process) -> None:
+        """Set the patches up; nothing of torch is imported.
+
+        Raises:
+            ParametersInvalid: a ``MINDIESD_`` variable is not allowed.
+            PatchError: a patch that was asked for by name, or any under ``strict``, does not fit.
+        """
+        self._me = me
+        # A script that called patch_all before it imported torch has decided.
+        self._migration = process._current or patch_all(
+            **Settings.read(me.variables).for_patch_all()
+        )
+        self._ticket = _ticket()
+        wrapt.register_post_import_hook(lambda _: self.expect_counts(), "torch")
+
+    def report(self) -> Report:
+        """What became of this process's calls."""
+        # A script may itself call patch_all with other options: the last call decides.
+        current = process._current
+        return (self._migration if current is None else current).report()
+
+    def forked(self) -> None:
+        """Forget the parent's counts: it reports them itself."""
+        self._ticket = _ticket()
+        for migration in (self._migration, process._current):
+            if migration is not None:
+                migration.ledger.clear()
+
+    def expect_counts(self) -> None:
+        """Leave word that this process, which has torch, will hand in counts.
+
+        A process that is killed hands nothing in, and the report must be able to say so.
+        """
+        if not self._me.is_main and "torch" in sys.modules:
+            self._leave("open", "")
+
+    def hand_in(self) -> None:
+        """Leave this process's counts for the main process."""
+        if "torch" in sys.modules and self._leave("part", self.report().to_json()):
+            folder = self._me.session
+            os.replace(f"{folder}/{self._ticket}.part", f"{folder}/{self._ticket}.json")
+            Path(folder, f"{self._ticket}.open").unlink(missing_ok=True)
+
+    def _leave(self, suffix: str, text: str) -> bool:
+        try:
+            os.kill(self._me.main_pid, 0)  # nobody collects, or removes, what comes after its end
+            try:
+                os.mkdir(self._me.session, 0o700)
+            except FileExistsError:
+                if not _is_private(self._me.session):
+                    return False
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW
+            file = os.open(f"{self._me.session}/{self._ticket}.{suffix}", flags, 0o600)
+            with open(file, "w", encoding="utf-8") as out:
+                out.write(text)
+        except OSError:
+            return False
+        return True
+
+
+def close(me: Process) -> None:
+    """In the main process, at its end: the one report."""
+    reports, missing = _collect(me.session)
+    settings = Settings.read(me.variables)
+    if me.attached is not None and "torch" in sys.modules:
+        reports.insert(0, me.attached.report())
+    if not reports and not me.failed:
+        if me.attached is None:
+            me.attach()
+        if me.attached is not None:
+            reports.append(me.attached.report())
+    if not reports:
+        return
+    report = Report.merged(reports)
+    note = ""
+    if missing:
+        note = f"{missing} more handed in no counts (killed, or still running)"
+        report.notes.append(note)
+        report.torch_imported = True
+    if settings.report not in ("", "1"):
+        try:
+            _write(settings.report, report.to_json())
+        except OSError as error:
+            me.say(f"mindiesd: cannot write {settings.report}: {error.strerror}")
+    if not settings.quiet:
+        line = "; ".join(filter(None, [report.summary(), note]))
+        me.say(str(report) if settings.report == "1" and report.torch_imported else line)
+
+
+def _collect(folder: str) -> tuple[list[Report], int]:
+    """The counts that children left, and how many announced theirs in vain. Removes the folder."""
+    reports: list[Report] = []
+    missing = 0
+    if not _is_private(folder):
+        return reports, missing
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix == ".json":
+            try:
+                reports.append(Report.from_dict(json.loads(path.read_text(encoding="utf-8"))))
+            except (OSError, ValueError, TypeError, LookupError):
+                missing += 1
+        elif path.suffix == ".open":
+            missing += 1
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # a child that is still running may just have left something
+        os.rmdir(folder)
+    return reports, missing
+
+
+def _is_private(folder: str) -> bool:
+    try:
+        found = os.lstat(folder)
+    except OSError:
+        return False
+    private = not stat.S_IMODE(found.st_mode) & 0o077
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and private
+
+
+def _ticket() -> str:
+    return f"{os.getpid()}-{os.urandom(4).hex()}"
+
+
+def _write(path: str, text: str) -> None:
+    """Replace the file at once, so that nobody ever reads half of it."""
+    part = f"{path}.{os.getpid()}.part"
+    try:
+        with open(part, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.replace(part, path)
+    except OSError:
+        Path(part).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,143 @@
+"""The launcher's own options, read with click. They end where the command begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+import mindiesd
+from mindiesd.cli.command import Refused, is_command
+
+_EXAMPLES = """\b
+Examples:
+  mindiesd-run script.py --steps 20
+  mindiesd-run --report=patches.json -m package.train
+  mindiesd-run --skip sdpa torchrun --nproc-per-node 8 script.py
+
+Each option may also be given as a variable: MINDIESD_ONLY, _SKIP, _NUMERICS, _VERIFY, _STRICT,
+_REPORT, _QUIET. Everything from the script on, or from -m or -c on, belongs to the command."""
+
+
+class _Launcher(click.Command):
+    def collect_usage_pieces(self, ctx: click.Context) -> list[str]:
+        """What comes after the options; click knows nothing of it."""
+        return ["[OPTIONS]", "{script.py | -m MODULE | -c CODE | COMMAND}", "[ARGUMENTS]..."]
+
+
+_command = _Launcher(
+    "mindiesd-run",
+    help="Run a Python command with calls redirected to Ascend NPU operators, without editing it.",
+    epilog=_EXAMPLES,
+    context_settings={"max_content_width": 100},
+    params=[
+        click.Option(
+            ["--only"], metavar="A,B", multiple=True, help="Apply only these patches or families."
+        ),
+        click.Option(
+            ["--skip"], metavar="A,B", multiple=True, help="Leave these patches or families out."
+        ),
+        click.Option(
+            ["--numerics"],
+            metavar="faithful|fast",
+            help="faithful (default): never less accurate than the original; fast: may round more.",
+        ),
+        click.Option(
+            ["--verify"],
+            metavar="[=N]",
+            help="Compare the first N calls (1) of each patch with the original.",
+        ),
+        click.Option(
+            ["--strict"],
+            is_flag=True,
+            help="Trouble with a patch ends the program with exit code 1.",
+        ),
+        click.Option(
+            ["--report"],
+            metavar="[=FILE.json]",
+            help="At the end, write a table to stderr, or everything to a file.",
+        ),
+        click.Option(["--quiet"], is_flag=True, help="Write no summary at the end."),
+        click.Option(["--list"], is_flag=True, help="Show every patch and exit."),
+        click.Option(["--status"], is_flag=True, help="Examine this installation and exit."),
+        click.Option(["--version"], is_flag=True, help="Show the version and exit."),
+        click.Option(["--help"], is_flag=True, help="Show this text and exit."),
+    ],
+    add_help_option=False,
+)
+
+# These take a value only after "=": the word that follows is the script.
+_BARE = {"--report": "1", "--verify": "1"}
+_WITH_VALUE = ("--only", "--skip", "--numerics")
+
+
+def read(
+    arguments: list[str],
+) -> tuple[dict[str, str], Callable[[], None] | None, list[str]]:
+    """Read the options in front of the command.
+
+    Returns:
+        The text of each option that was given; what to do instead of running a command, if
+        anything; the command line that is left.
+
+    Raises:
+        Refused: an option is unknown or lacks its value.
+    """
+    ours, rest = _split(arguments)
+    try:
+        with _command.make_context("mindiesd-run", ours) as context:
+            values = context.params
+            help_text = context.get_help()
+    except click.UsageError as error:
+        raise Refused(f"{error.format_message().rstrip('.')} (see mindiesd-run --help)") from None
+    given: dict[str, str] = {}
+    for name in ("only", "skip"):
+        if values[name]:
+            given[name] = ",".join(values[name])
+    for name in ("numerics", "verify", "report"):
+        if values[name] is not None:
+            given[name] = values[name]
+    for name in ("strict", "quiet"):
+        if values[name]:
+            given[name] = "1"
+    return given, _action(values, help_text), rest
+
+
+def _action(values: dict[str, Any], help_text: str) -> Callable[[], None] | None:
+    if values["help"]:
+        return lambda: click.echo(help_text)
+    if values["version"]:
+        return lambda: click.echo(f"mindiesd {mindiesd.__version__}")
+    if values["list"]:
+        from mindiesd.cli.listing import show_list
+
+        return show_list
+    if values["status"]:
+        from mindiesd.cli.status import show_status
+
+        return show_status
+    return None
+
+
+def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Our options, made unambiguous for click, and the command."""
+    ours: list[str] = []
+    at = 0
+    while at < len(arguments):
+        word = arguments[at]
+        if word == "--":
+            at += 1
+            break
+        if is_command(word):
+            break
+        if not word.startswith("--"):
+            raise Refused(
+                f"no such option: {word}; an option of Python goes so: mindiesd-run python {word} …"
+            )
+        ours.append(f"{word}={_BARE[word]}" if word in _BARE else word)
+        at += 1
+        if word in _WITH_VALUE and at < len(arguments):
+            ours.append(arguments[at])
+            at += 1
+    return ours, arguments[at:]

@@ -1,0 +1,80 @@
+"""Adaptive layer norm: a layer norm whose scale and shift come from the conditioning.
+
+    out = layer_norm(x) * (1 + scale) + shift
+
+Source: Peebles and Xie, *Scalable Diffusion Models with Transformers* (arXiv 2212.09748), adaLN.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from mindiesd.errors import ParametersInvalid
+from mindiesd.ops import checks
+from mindiesd.ops.backends import backend_of, native
+from mindiesd.ops.norm import check_layer_norm
+
+
+def layernorm_scale_shift(
+    layernorm: nn.LayerNorm, x: Tensor, scale: Tensor, shift: Tensor, fused: bool = True
+) -> Tensor:
+    """``layernorm(x) * (1 + scale) + shift``, in float32 or better and rounded once.
+
+    Args:
+        layernorm: the module whose weight, bias and eps are used; it normalises H.
+        x: [B, S, H], floating.
+        scale: [B, H] or [B, 1, H], floating.
+        shift: [B, H] or [B, 1, H], floating; need not have the form of ``scale``.
+        fused: True uses the best kernel of the device; False composes it of elementary ones.
+
+    Returns:
+        Shape and dtype of x.
+
+    Raises:
+        ParametersInvalid: an argument is wrong.
+    """
+    check_layer_norm("layernorm", layernorm, x)
+    if len(layernorm.normalized_shape) != 1:
+        shown = f"normalized_shape {list(layernorm.normalized_shape)}"
+        raise ParametersInvalid("layernorm", shown, "a LayerNorm over the last dimension only")
+    checks.boolean("fused", fused)
+    scale, shift = _modulation("scale", scale, x), _modulation("shift", shift, x)
+    backend = backend_of(x) if fused else native
+    return backend.layer_norm_scale_shift(
+        x, layernorm.weight, layernorm.bias, layernorm.eps, scale, shift
+    )
+
+
+def layer_norm_scale_shift(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor,
+) -> Tensor:
+    """The same of arguments known to be right; also for a modulation of its own per token.
+
+    Args:
+        x: [B, S, H].
+        weight: [H] or None for ones.
+        bias: [H] or None for zeros.
+        eps: added to the variance.
+        scale: [B, 1, H] or [B, S, H].
+        shift: [B, 1, H] or [B, S, H].
+
+    Returns:
+        Shape and dtype of x.
+    """
+    return backend_of(x).layer_norm_scale_shift(x, weight, bias, eps, scale, shift)
+
+
+def _modulation(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """A scale or shift as [B, 1, H]."""
+    checks.tensor(name, value, (2, 3))
+    checks.same_device(name, value, "x", x)
+    batch, _, hidden = x.shape
+    if value.shape not in ((batch, hidden), (batch, 1, hidden)):
+        allowed = f"[B, H] = {[batch, hidden]} or [B, 1, H] = {[batch, 1, hidden]}"
+        raise ParametersInvalid(name, checks.describe(value), allowed)
+    return value if value.dim() == 3 else value[:, None]

@@ -1,0 +1,151 @@
+"""RMS norm and layer norm.
+
+    rms_norm(x)   = x / sqrt(mean(x²) + eps) * weight
+    layer_norm(x) = (x - mean(x)) / sqrt(var(x) + eps) * weight + bias
+
+Statistics and the affine step are float32 or better, half precision is rounded once, and the
+result has the dtype of x whatever the parameters' is. Sources: Zhang and Sennrich (arXiv
+1910.07467); Ba et al. (arXiv 1607.06450). RMSNorm is T5's layer norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from mindiesd.errors import ParametersInvalid
+from mindiesd.ops import checks
+from mindiesd.ops.backends import backend_of, native
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last dimension, with a learned weight.
+
+    Attributes:
+        weight: [hidden_size], ones at first.
+        variance_epsilon: added to the mean square.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        """Make the norm.
+
+        Args:
+            hidden_size: size of the last dimension.
+            eps: added to the mean square.
+
+        Raises:
+            ParametersInvalid: an argument is wrong.
+        """
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(checks.integer("hidden_size", hidden_size, 1)))
+        self.variance_epsilon = checks.real("eps", eps, low=0.0)
+
+    def forward(self, hidden_states: Tensor, if_fused: bool = True) -> Tensor:
+        """Normalise.
+
+        Args:
+            hidden_states: [..., hidden_size], 2 to 8 dimensions, floating.
+            if_fused: True uses the best kernel of the device; False ATen's.
+
+        Returns:
+            Shape and dtype of ``hidden_states``.
+
+        Raises:
+            ParametersInvalid: an argument is wrong.
+        """
+        checks.tensor("hidden_states", hidden_states, tuple(range(2, 9)))
+        checks.boolean("if_fused", if_fused)
+        hidden = self.weight.shape[0]
+        if hidden_states.shape[-1] != hidden:
+            shown = checks.describe(hidden_states)
+            raise ParametersInvalid("hidden_states", shown, f"a last dimension of {hidden}")
+        checks.same_device("hidden_states", hidden_states, "weight", self.weight)
+        norm = rms_norm if if_fused else native.rms_norm
+        return norm(hidden_states, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        """The arguments, as in other modules' repr."""
+        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
+
+
+def fast_layernorm(norm: nn.LayerNorm, x: Tensor, impl_mode: int = 0, fused: bool = True) -> Tensor:
+    """Layer norm with the parameters of a module.
+
+    Args:
+        norm: the module whose weight, bias, eps and normalized_shape are used.
+        x: [B, S, H], floating.
+        impl_mode: 0 high precision; 1 high performance; 2 float16, for x, weight and bias of that
+            dtype. A backend with one implementation uses it for all three.
+        fused: True uses the best kernel of the device; False calls the module.
+
+    Returns:
+        Shape and dtype of x.
+
+    Raises:
+        ParametersInvalid: an argument is wrong.
+    """
+    check_layer_norm("norm", norm, x)
+    checks.choice("impl_mode", impl_mode, (0, 1, 2))
+    checks.boolean("fused", fused)
+    if impl_mode == 2:
+        named = {"x": x, "norm.weight": norm.weight, "norm.bias": norm.bias}
+        for name, value in named.items():
+            if value is not None and value.dtype is not torch.float16:
+                raise ParametersInvalid(
+                    name, checks.describe(value), "torch.float16, with impl_mode=2"
+                )
+    if not fused:
+        out: Tensor = norm(x)
+        return out
+    return layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def check_layer_norm(name: str, norm: object, x: object) -> None:
+    """``norm`` is a LayerNorm that fits ``x``, a tensor [B, S, H]."""
+    if not isinstance(norm, nn.LayerNorm):
+        raise ParametersInvalid(name, checks.describe(norm), "a torch.nn.LayerNorm")
+    tensor = checks.tensor("x", x, 3)
+    shape = tuple(norm.normalized_shape)
+    if len(shape) > 3 or tuple(tensor.shape[3 - len(shape) :]) != shape:
+        allowed = f"trailing dimensions {list(shape)}, the normalized_shape of {name}"
+        raise ParametersInvalid("x", checks.describe(x), allowed)
+    if norm.weight is not None:
+        checks.same_device("x", tensor, f"{name}.weight", norm.weight)
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """RMS norm of arguments known to be right.
+
+    Args:
+        x: [..., H], floating.
+        weight: [H], any floating dtype, or None for ones.
+        eps: added to the mean square.
+
+    Returns:
+        Shape and dtype of x.
+    """
+    return backend_of(x).rms_norm(x, weight, eps)
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """Layer norm of arguments known to be right.
+
+    Args:
+        x: [..., *normalized_shape], floating.
+        normalized_shape: the trailing dimensions that are normalised together.
+        weight: of that shape, any floating dtype, or None for ones.
+        bias: of that shape, any floating dtype, or None for zeros.
+        eps: added to the variance.
+
+    Returns:
+        Shape and dtype of x.
+    """
+    return backend_of(x).layer_norm(x, normalized_shape, weight, bias, eps)

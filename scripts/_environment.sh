@@ -1,0 +1,69 @@
+#!/usr/bin/env bash
+# Makes an environment of this project, or leaves it alone when it is up to date.
+#
+#   scripts/_environment.sh .venv        everything but torch_npu
+#   scripts/_environment.sh .venv-npu    with torch_npu, for tests/emulator
+#
+# PYTHON names the interpreter (default: python3); the pinned diffusers and transformers need 3.11.
+# Exit status 3: torch_npu cannot be installed here.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+name=${1:-.venv}
+say() { printf '%s: %s\n' "$name" "$*" >&2; }
+case $name in
+    .venv) extras=diffusers,dev ;;
+    .venv-npu) extras=diffusers,emulator,dev ;;
+    *) say "unknown environment; there are .venv and .venv-npu"; exit 2 ;;
+esac
+
+wanted=${PYTHON:-python3}
+command -v "$wanted" >/dev/null || { say "no $wanted found; set PYTHON to a Python >= 3.11"; exit 2; }
+# The interpreter that an active environment was made from: an environment cannot replace itself.
+python=$("$wanted" -c 'import sys; print(getattr(sys, "_base_executable", "") or sys.executable)')
+"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { say "$wanted is $("$python" -V); set PYTHON to a Python >= 3.11"; exit 2; }
+
+# Two digests: where the first differs, the environment is made anew (one cannot be moved, so the
+# folder counts); where only the second does, packages are brought up to date in place.
+stamp=$name/mindiesd-stamp
+read -r made_from installed_from < <("$python" - "$PWD" "$extras" <<'PY'
+import hashlib, pathlib, sys
+made_from = "\0".join([sys.version, *sys.argv[1:]]).encode()
+files = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+print(*(hashlib.sha256(text).hexdigest() for text in (made_from, b"\0".join(files))))
+PY
+)
+had_made='' had_installed=''
+[[ -f $stamp ]] && read -r had_made had_installed <"$stamp"
+if [[ -e $name && ! -f $stamp ]]; then
+    say "$PWD/$name exists and was not made by this script; move it away first"
+    exit 2
+elif [[ $had_made != "$made_from" || ! -x $name/bin/python ]]; then
+    say "making it with $("$python" -V); the first time downloads torch, which takes some minutes"
+    rm -rf "$name"
+    mkdir "$name"
+    echo unfinished >"$stamp"
+    "$python" -m venv "$name" || {
+        say "$python cannot make environments; on Debian and Ubuntu, install python3-venv"
+        rm -rf "$name"
+        exit 2
+    }
+elif [[ $had_installed == "$installed_from" ]]; then
+    exit 0
+else
+    say "bringing it up to date with pyproject.toml and constraints.txt"
+fi
+echo "$made_from unfinished" >"$stamp"
+# The constraints pin torch in every call, so nothing that depends on it can bring another one.
+install() {
+    "$name/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
+        -c constraints.txt "$@"
+}
+install torch
+if [[ $name == .venv-npu ]] && ! install torch_npu; then
+    say "torch_npu cannot be installed for $("$python" -V) on $(uname -sm)"
+    exit 3
+fi
+install -e ".[$extras]"
+echo "$made_from $installed_from" >"$stamp"

@@ -1,0 +1,1003 @@
+"""Tiny configurations of diffusers and transformers models, with inputs for one forward.
+
+Each entry of :data:`MODELS` gives a class name, its configuration and its inputs, all random and on
+the CPU. The configurations follow those of diffusers' own tests.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+randn = torch.randn
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """One model: how to build it and what to call it with."""
+
+    cls: str
+    config: dict[str, Any]
+    inputs: Callable[[], dict[str, Any]]
+    library: str = "diffusers"
+    # Kernels that diffusers launches there unpatched, where the configuration is diffusers' own.
+    baseline: int | None = None
+    # What the device answers unpatched, if not a result: part of the message.
+    crashes: str | None = None
+
+    def build(self) -> torch.nn.Module:
+        torch.manual_seed(0)
+        if self.library == "transformers":
+            import transformers
+
+            config = getattr(transformers, self.cls[0])(**self.config)
+            return getattr(transformers, self.cls[1])(config).eval()
+        import diffusers
+
+        return getattr(diffusers, self.cls)(**self.config).eval()
+
+    def make_inputs(self) -> dict[str, Any]:
+        torch.manual_seed(1)
+        return self.inputs()
+
+
+def _flux_like(channels: int, width: int, pooled: int | None, **more: Any) -> dict[str, Any]:
+    inputs = {
+        "hidden_states": randn(1, 16, channels),
+        "encoder_hidden_states": randn(1, 48, width),
+        "timestep": torch.tensor([1.0]),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(48, 3),
+        **more,
+    }
+    if pooled is not None:
+        inputs["pooled_projections"] = randn(1, pooled)
+    return inputs
+
+
+_WAN = {
+    "patch_size": (1, 2, 2),
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 16,
+    "freq_dim": 256,
+    "ffn_dim": 32,
+    "num_layers": 2,
+    "cross_attn_norm": True,
+    "qk_norm": "rms_norm_across_heads",
+    "rope_max_seq_len": 32,
+}
+
+
+def _wan(channels: int = 4) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, channels, 2, 16, 16),
+        "timestep": torch.tensor([1]),
+        "encoder_hidden_states": randn(1, 12, 16),
+    }
+
+
+def _sd3(dim: int) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 32, 32),
+        "encoder_hidden_states": randn(2, 154, 32),
+        "pooled_projections": randn(2, 64),
+        "timestep": torch.tensor([1, 1]),
+    }
+
+
+_SD3 = {
+    "sample_size": 32,
+    "patch_size": 1,
+    "in_channels": 4,
+    "num_layers": 4,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "caption_projection_dim": 32,
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 64,
+    "out_channels": 4,
+}
+
+_COGVIDEOX = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "time_embed_dim": 2,
+    "text_embed_dim": 8,
+    "num_layers": 2,
+    "sample_width": 8,
+    "sample_height": 8,
+    "sample_frames": 8,
+    "patch_size": 2,
+    "temporal_compression_ratio": 4,
+    "max_text_seq_length": 8,
+}
+
+
+def _cogvideox(frames: int) -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, frames, 4, 8, 8),
+        "encoder_hidden_states": randn(2, 8, 8),
+        "timestep": torch.tensor([3, 7]),
+    }
+
+
+def _cogview() -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 4, 8, 8),
+        "encoder_hidden_states": randn(2, 8, 8),
+        "timestep": torch.tensor([3, 7]),
+        "original_size": torch.tensor([[20, 20]] * 2),
+        "target_size": torch.tensor([[20, 20]] * 2),
+        "crop_coords": torch.tensor([[0, 0]] * 2),
+    }
+
+
+def _hunyuan_video() -> dict[str, Any]:
+    return {
+        "hidden_states": randn(1, 4, 1, 16, 16),
+        "timestep": torch.tensor([5]),
+        "encoder_hidden_states": randn(1, 12, 16),
+        "encoder_attention_mask": torch.ones(1, 12),
+        "pooled_projections": randn(1, 8),
+        "guidance": torch.tensor([5.0]),
+    }
+
+
+_HUNYUAN_VIDEO = {
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_attention_heads": 2,
+    "attention_head_dim": 10,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 1,
+    "patch_size_t": 1,
+    "guidance_embeds": True,
+    "text_embed_dim": 16,
+    "pooled_projection_dim": 8,
+    "rope_axes_dim": (2, 4, 4),
+    "image_condition_type": None,
+}
+
+
+def _ltx() -> dict[str, Any]:
+    return {
+        "hidden_states": randn(2, 2 * 16 * 16, 4),
+        "encoder_hidden_states": randn(2, 16, 16),
+        "encoder_attention_mask": torch.ones(2, 16).bool(),
+        "timestep": torch.tensor([3, 7]),
+        "num_frames": 2,
+        "height": 16,
+        "width": 16,
+    }
+
+
+_NO_GAMMA = "argument #1 'gamma'"
+
+MODELS: dict[str, Tiny] = {
+    "dit": Tiny(
+        "DiTTransformer2DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 8,
+            "activation_fn": "gelu-approximate",
+            "num_attention_heads": 2,
+            "attention_head_dim": 4,
+            "attention_bias": True,
+            "num_layers": 1,
+            "norm_type": "ada_norm_zero",
+            "num_embeds_ada_norm": 8,
+            "patch_size": 2,
+            "sample_size": 8,
+        },
+        lambda: {
+            "hidden_states": randn(4, 4, 8, 8),
+            "timestep": torch.randint(0, 1000, (4,)),
+            "class_labels": torch.randint(0, 4, (4,)),
+        },
+        baseline=66,
+    ),
+    "pixart": Tiny(
+        "PixArtTransformer2DModel",
+        {
+            "sample_size": 8,
+            "num_layers": 1,
+            "patch_size": 2,
+            "attention_head_dim": 2,
+            "num_attention_heads": 2,
+            "in_channels": 4,
+            "cross_attention_dim": 8,
+            "out_channels": 8,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 8,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "use_additional_conditions": False,
+            "caption_channels": None,
+        },
+        lambda: {
+            "hidden_states": randn(4, 4, 8, 8),
+            "timestep": torch.randint(0, 1000, (4,)),
+            "encoder_hidden_states": randn(4, 8, 8),
+            "added_cond_kwargs": {"aspect_ratio": None, "resolution": None},
+        },
+        baseline=72,
+    ),
+    "prior": Tiny(
+        "PriorTransformer",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 4,
+            "num_layers": 2,
+            "embedding_dim": 8,
+            "num_embeddings": 7,
+            "additional_embeddings": 4,
+        },
+        lambda: {
+            "hidden_states": randn(4, 8),
+            "timestep": 2,
+            "proj_embedding": randn(4, 8),
+            "encoder_hidden_states": randn(4, 7, 8),
+        },
+        baseline=51,
+    ),
+    "allegro": Tiny(
+        "AllegroTransformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "cross_attention_dim": 16,
+            "sample_width": 8,
+            "sample_height": 8,
+            "sample_frames": 8,
+            "caption_channels": 8,
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 2, 8, 8),
+            "encoder_hidden_states": randn(2, 8, 8),
+            "timestep": torch.tensor([3, 7]),
+        },
+        baseline=60,
+    ),
+    "auraflow": Tiny(
+        "AuraFlowTransformer2DModel",
+        {
+            "sample_size": 32,
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_mmdit_layers": 1,
+            "num_single_dit_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "caption_projection_dim": 32,
+            "joint_attention_dim": 32,
+            "out_channels": 4,
+            "pos_embed_max_size": 256,
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 32, 32),
+            "encoder_hidden_states": randn(2, 256, 32),
+            "timestep": torch.randint(0, 1000, (2,)),
+        },
+        baseline=115,
+    ),
+    "bria": Tiny(
+        "BriaTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": None,
+            "axes_dims_rope": [0, 4, 4],
+        },
+        lambda: _flux_like(4, 32, None),
+        baseline=179,
+    ),
+    "chroma": Tiny(
+        "ChromaTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "axes_dims_rope": [4, 4, 8],
+            "approximator_num_channels": 8,
+            "approximator_hidden_dim": 16,
+            "approximator_layers": 1,
+        },
+        lambda: _flux_like(4, 32, None),
+    ),
+    "chronoedit": Tiny(
+        "ChronoEditTransformer3DModel",
+        {**_WAN, "rope_temporal_skip_len": 8},
+        _wan,
+        baseline=175,
+    ),
+    "cogvideox": Tiny("CogVideoXTransformer3DModel", _COGVIDEOX, lambda: _cogvideox(2)),
+    "cogvideox15": Tiny(
+        "CogVideoXTransformer3DModel",
+        {
+            **_COGVIDEOX,
+            "patch_size_t": 2,
+            "max_text_seq_length": 8,
+            "use_rotary_positional_embeddings": True,
+        },
+        lambda: _cogvideox(2),
+        baseline=109,
+    ),
+    "cogview3": Tiny(
+        "CogView3PlusTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 4,
+            "num_attention_heads": 2,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "time_embed_dim": 8,
+            "condition_dim": 2,
+            "pos_embed_max_size": 8,
+            "sample_size": 8,
+        },
+        _cogview,
+        baseline=146,
+    ),
+    "cogview4": Tiny(
+        "CogView4Transformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 4,
+            "num_attention_heads": 4,
+            "out_channels": 4,
+            "text_embed_dim": 8,
+            "time_embed_dim": 8,
+            "condition_dim": 4,
+        },
+        _cogview,
+        baseline=167,
+    ),
+    "cosmos": Tiny(
+        "CosmosTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 2,
+            "mlp_ratio": 2,
+            "text_embed_dim": 16,
+            "adaln_lora_dim": 4,
+            "max_size": (4, 32, 32),
+            "patch_size": (1, 2, 2),
+            "rope_scale": (2.0, 1.0, 1.0),
+            "concat_padding_mask": True,
+            "extra_pos_embed_type": "learnable",
+        },
+        lambda: {
+            "hidden_states": randn(1, 4, 1, 16, 16),
+            "timestep": torch.tensor([5]),
+            "encoder_hidden_states": randn(1, 12, 16),
+            "attention_mask": torch.ones(1, 12),
+            "fps": 30,
+            "padding_mask": torch.zeros(1, 1, 16, 16),
+        },
+    ),
+    "easyanimate": Tiny(
+        "EasyAnimateTransformer3DModel",
+        {
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "in_channels": 4,
+            "mmdit_layers": 2,
+            "num_layers": 2,
+            "out_channels": 4,
+            "patch_size": 2,
+            "sample_height": 60,
+            "sample_width": 90,
+            "text_embed_dim": 16,
+            "time_embed_dim": 8,
+            "time_position_encoding_type": "3d_rope",
+            "timestep_activation_fn": "silu",
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 2, 16, 16),
+            "timestep": torch.randint(0, 1000, (2,)),
+            "timestep_cond": None,
+            "encoder_hidden_states": randn(2, 16, 16),
+            "encoder_hidden_states_t5": None,
+            "inpaint_latents": None,
+            "control_latents": None,
+        },
+        baseline=157,
+    ),
+    "flux": Tiny(
+        "FluxTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": [4, 4, 8],
+        },
+        lambda: _flux_like(4, 32, 32),
+        baseline=184,
+    ),
+    "flux2": Tiny(
+        "Flux2Transformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "timestep_guidance_channels": 256,
+            "axes_dims_rope": [4, 4, 4, 4],
+        },
+        lambda: {
+            "hidden_states": randn(1, 16, 4),
+            "encoder_hidden_states": randn(1, 48, 32),
+            "img_ids": torch.zeros(1, 16, 4),
+            "txt_ids": torch.zeros(1, 48, 4),
+            "timestep": torch.tensor([1.0]),
+            "guidance": torch.tensor([1.0]),
+        },
+        baseline=255,
+    ),
+    "hidream": Tiny(
+        "HiDreamImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 4,
+            "caption_channels": [32, 16],
+            "text_emb_dim": 64,
+            "num_routed_experts": 4,
+            "num_activated_experts": 2,
+            "axes_dims_rope": (4, 2, 2),
+            "max_resolution": (32, 32),
+            "llama_layers": (0, 1),
+            "force_inference_output": True,
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 32, 32),
+            "encoder_hidden_states_t5": randn(2, 8, 32),
+            "encoder_hidden_states_llama3": randn(2, 2, 8, 16),
+            "pooled_embeds": randn(2, 64),
+            "timesteps": torch.randint(0, 1000, (2,)),
+        },
+        baseline=267,
+    ),
+    "hunyuan_dit": Tiny(
+        "HunyuanDiT2DModel",
+        {
+            "sample_size": 16,
+            "num_layers": 2,
+            "patch_size": 2,
+            "attention_head_dim": 8,
+            "num_attention_heads": 3,
+            "in_channels": 4,
+            "cross_attention_dim": 8,
+            "cross_attention_dim_t5": 8,
+            "pooled_projection_dim": 4,
+            "hidden_size": 24,
+            "text_len": 4,
+            "text_len_t5": 4,
+            "activation_fn": "gelu-approximate",
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 8, 8),
+            "encoder_hidden_states": randn(2, 4, 8),
+            "text_embedding_mask": torch.ones(2, 4),
+            "encoder_hidden_states_t5": randn(2, 4, 8),
+            "text_embedding_mask_t5": torch.ones(2, 4),
+            "timestep": torch.tensor([1.0, 7.0]),
+            "image_meta_size": torch.tensor([[1024, 1024, 1024, 1024, 0, 0]] * 2),
+            "style": torch.zeros(2, dtype=torch.long),
+            "image_rotary_emb": (torch.ones(16, 8), torch.zeros(16, 8)),
+        },
+    ),
+    "hunyuan_video": Tiny(
+        "HunyuanVideoTransformer3DModel", _HUNYUAN_VIDEO, _hunyuan_video, baseline=265
+    ),
+    "latte": Tiny(
+        "LatteTransformer3DModel",
+        {
+            "sample_size": 8,
+            "num_layers": 1,
+            "patch_size": 2,
+            "attention_head_dim": 4,
+            "num_attention_heads": 2,
+            "caption_channels": 8,
+            "in_channels": 4,
+            "cross_attention_dim": 8,
+            "out_channels": 8,
+            "attention_bias": True,
+            "activation_fn": "gelu-approximate",
+            "num_embeds_ada_norm": 1000,
+            "norm_type": "ada_norm_single",
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 1, 8, 8),
+            "encoder_hidden_states": randn(2, 8, 8),
+            "timestep": torch.randint(0, 1000, (2,)),
+            "enable_temporal_attentions": True,
+        },
+        baseline=85,
+    ),
+    "longcat": Tiny(
+        "LongCatImageTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "pooled_projection_dim": 32,
+            "axes_dims_rope": [4, 4, 8],
+        },
+        lambda: _flux_like(4, 32, None),
+        baseline=180,
+    ),
+    "ltx": Tiny(
+        "LTXVideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "cross_attention_dim": 16,
+            "num_layers": 1,
+            "qk_norm": "rms_norm_across_heads",
+            "caption_channels": 16,
+        },
+        _ltx,
+        crashes=_NO_GAMMA,
+    ),
+    "lumina_next": Tiny(
+        "LuminaNextDiT2DModel",
+        {
+            "sample_size": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "hidden_size": 24,
+            "num_layers": 2,
+            "num_attention_heads": 3,
+            "num_kv_heads": 1,
+            "multiple_of": 16,
+            "ffn_dim_multiplier": None,
+            "norm_eps": 1e-5,
+            "learn_sigma": False,
+            "qk_norm": True,
+            "cross_attention_dim": 32,
+            "scaling_factor": 1.0,
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 16, 16),
+            "encoder_hidden_states": randn(2, 16, 32),
+            "timestep": torch.rand(2),
+            "encoder_mask": torch.ones(2, 16),
+            "image_rotary_emb": _lumina_rope(),
+            "cross_attention_kwargs": {},
+        },
+        baseline=130,
+    ),
+    "lumina2": Tiny(
+        "Lumina2Transformer2DModel",
+        {
+            "sample_size": 16,
+            "patch_size": 2,
+            "in_channels": 4,
+            "hidden_size": 24,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 3,
+            "num_kv_heads": 1,
+            "multiple_of": 2,
+            "ffn_dim_multiplier": None,
+            "norm_eps": 1e-5,
+            "scaling_factor": 1.0,
+            "axes_dim_rope": (4, 2, 2),
+            "axes_lens": (128, 128, 128),
+            "cap_feat_dim": 32,
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 16, 16),
+            "encoder_hidden_states": randn(2, 16, 32),
+            "timestep": torch.rand(2),
+            "encoder_attention_mask": torch.ones(2, 16, dtype=torch.bool),
+        },
+        baseline=200,
+    ),
+    "mochi": Tiny(
+        "MochiTransformer3DModel",
+        {
+            "patch_size": 2,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "pooled_projection_dim": 16,
+            "in_channels": 4,
+            "qk_norm": "rms_norm",
+            "text_embed_dim": 16,
+            "time_embed_dim": 4,
+            "activation_fn": "swiglu",
+            "max_sequence_length": 16,
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 2, 16, 16),
+            "encoder_hidden_states": randn(2, 16, 16),
+            "timestep": torch.tensor([3, 7]),
+            "encoder_attention_mask": torch.ones(2, 16).bool(),
+        },
+        crashes=_NO_GAMMA,
+    ),
+    "omnigen": Tiny(
+        "OmniGenTransformer2DModel",
+        {
+            "hidden_size": 16,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "intermediate_size": 32,
+            "num_layers": 2,
+            "in_channels": 4,
+            "time_step_dim": 4,
+            "rope_scaling": {"long_factor": list(range(1, 3)), "short_factor": list(range(1, 3))},
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 8, 8),
+            "timestep": torch.rand(2),
+            "input_ids": torch.randint(0, 10, (2, 8)),
+            "input_img_latents": [randn(1, 4, 8, 8)],
+            "input_image_sizes": {0: [[0, 16]]},
+            "attention_mask": torch.ones(2, 25, 25),
+            "position_ids": torch.arange(25)[None].repeat(2, 1),
+        },
+    ),
+    "ovis": Tiny(
+        "OvisImageTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 32,
+            "axes_dims_rope": [4, 4, 8],
+        },
+        lambda: _flux_like(4, 32, None),
+        baseline=189,
+    ),
+    "prx": Tiny(
+        "PRXTransformer2DModel",
+        {
+            "in_channels": 16,
+            "patch_size": 2,
+            "context_in_dim": 1792,
+            "hidden_size": 1792,
+            "mlp_ratio": 3.5,
+            "num_heads": 28,
+            "depth": 4,
+            "axes_dim": [32, 32],
+            "theta": 10_000,
+        },
+        lambda: {
+            "hidden_states": randn(1, 16, 16, 16),
+            "timestep": torch.tensor([1.0]),
+            "encoder_hidden_states": randn(1, 12, 1792),
+        },
+        baseline=195,
+    ),
+    "qwenimage": Tiny(
+        "QwenImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 16,
+            "out_channels": 4,
+            "num_layers": 2,
+            "attention_head_dim": 16,
+            "num_attention_heads": 3,
+            "joint_attention_dim": 16,
+            "guidance_embeds": False,
+            "axes_dims_rope": (8, 4, 4),
+        },
+        lambda: {
+            "hidden_states": randn(1, 16, 16),
+            "encoder_hidden_states": randn(1, 7, 16),
+            "encoder_hidden_states_mask": torch.ones(1, 7, dtype=torch.long),
+            "timestep": torch.tensor([1.0]),
+            "img_shapes": [(1, 4, 4)],
+        },
+        baseline=152,
+    ),
+    "sana": Tiny(
+        "SanaTransformer2DModel",
+        {
+            "patch_size": 1,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "attention_head_dim": 4,
+            "num_attention_heads": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 4,
+            "cross_attention_dim": 8,
+            "caption_channels": 8,
+            "sample_size": 32,
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 32, 32),
+            "encoder_hidden_states": randn(2, 8, 8),
+            "timestep": torch.randint(0, 1000, (2,)),
+        },
+        baseline=67,
+    ),
+    "sana_video": Tiny(
+        "SanaVideoTransformer3DModel",
+        {
+            "in_channels": 16,
+            "out_channels": 16,
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "num_layers": 2,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 12,
+            "cross_attention_dim": 24,
+            "caption_channels": 16,
+            "mlp_ratio": 2.5,
+            "dropout": 0.0,
+            "attention_bias": False,
+            "sample_size": 8,
+            "patch_size": (1, 2, 2),
+            "norm_elementwise_affine": False,
+            "norm_eps": 1e-6,
+            "qk_norm": "rms_norm_across_heads",
+            "rope_max_seq_len": 32,
+        },
+        lambda: {
+            "hidden_states": randn(1, 16, 2, 16, 16),
+            "timestep": torch.tensor([1]),
+            "encoder_hidden_states": randn(1, 12, 16),
+        },
+        baseline=163,
+    ),
+    "sd3": Tiny("SD3Transformer2DModel", _SD3, lambda: _sd3(32), baseline=213),
+    "sd35": Tiny(
+        "SD3Transformer2DModel",
+        {**_SD3, "dual_attention_layers": (0,), "qk_norm": "rms_norm"},
+        lambda: _sd3(32),
+        baseline=242,
+    ),
+    "skyreels": Tiny("SkyReelsV2Transformer3DModel", _WAN, _wan, baseline=172),
+    "stable_audio": Tiny(
+        "StableAudioDiTModel",
+        {
+            "sample_size": 4,
+            "in_channels": 3,
+            "num_layers": 2,
+            "attention_head_dim": 4,
+            "num_key_value_attention_heads": 2,
+            "out_channels": 3,
+            "cross_attention_dim": 4,
+            "time_proj_dim": 8,
+            "global_states_input_dim": 8,
+            "cross_attention_input_dim": 4,
+        },
+        lambda: {
+            "hidden_states": randn(2, 3, 4),
+            "timestep": torch.tensor([1.0, 1.0]),
+            "encoder_hidden_states": randn(2, 5, 4),
+            "global_hidden_states": randn(2, 1, 8),
+            "rotary_embedding": (torch.ones(5, 2), torch.zeros(5, 2)),
+        },
+    ),
+    "temporal": Tiny(
+        "TransformerTemporalModel",
+        {
+            "num_attention_heads": 8,
+            "attention_head_dim": 4,
+            "in_channels": 32,
+            "num_layers": 1,
+        },
+        lambda: {"hidden_states": randn(4, 32, 8, 8), "num_frames": 2},
+    ),
+    "wan": Tiny("WanTransformer3DModel", _WAN, _wan, baseline=174),
+    "wan_vace": Tiny(
+        "WanVACETransformer3DModel",
+        {**_WAN, "num_layers": 4, "vace_layers": [0, 2], "vace_in_channels": 48},
+        lambda: {
+            **_wan(),
+            "control_hidden_states": randn(1, 48, 2, 16, 16),
+            "control_hidden_states_scale": torch.ones(2),
+        },
+    ),
+    "z_image": Tiny(
+        "ZImageTransformer2DModel",
+        {
+            "all_patch_size": (2,),
+            "all_f_patch_size": (1,),
+            "in_channels": 16,
+            "dim": 16,
+            "n_layers": 1,
+            "n_refiner_layers": 1,
+            "n_heads": 1,
+            "n_kv_heads": 2,
+            "qk_norm": True,
+            "cap_feat_dim": 16,
+            "rope_theta": 256.0,
+            "t_scale": 1000.0,
+            "axes_dims": [8, 4, 4],
+            "axes_lens": [256, 32, 32],
+        },
+        lambda: {
+            "x": [randn(16, 1, 4, 4)],
+            "t": torch.tensor([0.5]),
+            "cap_feats": [randn(8, 16)],
+        },
+        baseline=147,
+    ),
+    "unet": Tiny(
+        "UNet2DConditionModel",
+        {
+            "block_out_channels": (4, 8),
+            "norm_num_groups": 4,
+            "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+            "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+            "cross_attention_dim": 8,
+            "attention_head_dim": 2,
+            "out_channels": 4,
+            "in_channels": 4,
+            "layers_per_block": 1,
+            "sample_size": 16,
+        },
+        lambda: {
+            "sample": randn(2, 4, 16, 16),
+            "timestep": torch.tensor([10]),
+            "encoder_hidden_states": randn(2, 4, 8),
+        },
+    ),
+    "vae": Tiny(
+        "AutoencoderKL",
+        {
+            "block_out_channels": [4, 8],
+            "in_channels": 3,
+            "out_channels": 3,
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "latent_channels": 4,
+            "norm_num_groups": 2,
+        },
+        lambda: {"sample": randn(2, 3, 16, 16)},
+    ),
+    "wan_vae": Tiny(
+        "AutoencoderKLWan",
+        {
+            "base_dim": 3,
+            "z_dim": 4,
+            "dim_mult": [1, 1, 1, 1],
+            "latents_mean": [0.0] * 4,
+            "latents_std": [1.0] * 4,
+            "num_res_blocks": 1,
+            "temperal_downsample": [False, True, True],
+        },
+        lambda: {"sample": randn(1, 3, 5, 16, 16)},
+    ),
+    "clip": Tiny(
+        ("CLIPTextConfig", "CLIPTextModel"),  # type: ignore[arg-type]
+        {
+            "hidden_size": 32,
+            "intermediate_size": 37,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 2,
+            "vocab_size": 100,
+            "max_position_embeddings": 16,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+        },
+        lambda: {"input_ids": torch.randint(3, 100, (2, 8))},
+        library="transformers",
+    ),
+    "t5": Tiny(
+        ("T5Config", "T5EncoderModel"),  # type: ignore[arg-type]
+        {
+            "vocab_size": 100,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 37,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dropout_rate": 0.0,
+        },
+        lambda: {
+            "input_ids": torch.randint(3, 100, (2, 8)),
+            "attention_mask": torch.tensor([[1] * 8, [1] * 5 + [0] * 3]),
+        },
+        library="transformers",
+    ),
+}
+
+
+def _lumina_rope() -> torch.Tensor:
+    from diffusers.models.embeddings import get_2d_rotary_pos_embed_lumina
+
+    return get_2d_rotary_pos_embed_lumina(8, 8, 8)
+
+
+def move(value: Any, to: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """``value`` with ``to`` applied to every tensor in it."""
+    if isinstance(value, torch.Tensor):
+        return to(value)
+    if isinstance(value, dict):
+        return {key: move(item, to) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(move(item, to) for item in value)
+    return value
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The first tensor of a model's output."""
+    if isinstance(output, torch.Tensor):
+        return output
+    items = output.values() if isinstance(output, dict) else output
+    return next(first_tensor(item) for item in items if item is not None)
+
+
+@contextmanager
+def without_torch_npu() -> Iterator[None]:
+    """Let diffusers believe that there is no torch_npu, so that models run on the CPU as usual.
+
+    With torch_npu importable, diffusers calls its operators on CPU tensors too.
+    """
+    kept = []
+    for module in [*sys.modules.values()]:
+        if getattr(module, "__name__", "").startswith("diffusers.") and callable(
+            module.__dict__.get("is_torch_npu_available")
+        ):
+            kept.append((module, module.is_torch_npu_available))
+            module.is_torch_npu_available = lambda: False
+    try:
+        yield
+    finally:
+        for module, function in kept:
+            module.is_torch_npu_available = function
