@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import wrapt
 
 from mindiesd.bootstrap.settings import Settings
-from mindiesd.patches import patch_all, process
+from mindiesd.patches import patch_all
+from mindiesd.patches.process import current_migration
 from mindiesd.patches.report import Report
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ class Attached:
         """
         self._me = me
         # A script that called patch_all before it imported torch has decided.
-        self._migration = process._current or patch_all(
+        self._migration = current_migration() or patch_all(
             **Settings.read(me.variables).for_patch_all()
         )
         self._ticket = _ticket()
@@ -41,15 +42,15 @@ class Attached:
     def report(self) -> Report:
         """What became of this process's calls."""
         # A script may itself call patch_all with other options: the last call decides.
-        current = process._current
+        current = current_migration()
         return (self._migration if current is None else current).report()
 
     def forked(self) -> None:
         """Forget the parent's counts: it reports them itself."""
         self._ticket = _ticket()
-        for migration in (self._migration, process._current):
+        for migration in (self._migration, current_migration()):
             if migration is not None:
-                migration.ledger.clear()
+                migration.forget_counts()
 
     def expect_counts(self) -> None:
         """Leave word that this process, which has torch, will hand in counts.

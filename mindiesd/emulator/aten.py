@@ -373,8 +373,8 @@ def gelu_backward(grad_output: Tensor, self: Tensor, *, approximate: str = "none
 def _compatible_impl() -> bool:
     import torch_npu
 
-    getter = getattr(torch_npu._C, "_npu_get_use_compatible_impl", None)
-    return bool(getter()) if getter is not None else False
+    enabled = getattr(torch_npu.npu, "are_compatible_impl_enabled", None)
+    return enabled is not None and bool(enabled())
 
 
 def ior_scalar(self: Tensor, other: Any) -> Tensor:

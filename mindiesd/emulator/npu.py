@@ -23,6 +23,11 @@ def npu_kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     base, _, overload = name.partition(".")
     schema = getattr(getattr(torch.ops.npu, base), overload or "default")._schema
     names = [argument.name for argument in schema.arguments]
+    required = [
+        (index, argument.name)
+        for index, argument in enumerate(schema.arguments)
+        if str(argument.type) == "Tensor" and not argument.has_default_value()
+    ]
     written = [
         index
         for index, argument in enumerate(schema.arguments)
@@ -30,6 +35,12 @@ def npu_kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     ]
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
+        for index, key in required:
+            if (args[index] if index < len(args) else kwargs.get(key)) is None:
+                raise RuntimeError(
+                    "Expected a proper Tensor but got None (or an undefined Tensor in C++) for "
+                    f"argument #{index} {key!r} (when calling npu::{name})"
+                )
         with below():
             call = Call()
             cpu_args = [call.alias(value) for value in args]

@@ -19,8 +19,9 @@ What counts:
   and slices of one fused qkv tensor do count. Which strides the real kernels take natively was not
   measured; this counts every doubt as a copy.
 - **square**: a score or mask tensor of Sq x Skv elements written to memory: every launch of a
-  softmax over a tensor of three or more dimensions, with the launches of the same shape that led to
-  it, and every bool tensor of two or more dimensions that a launch wrote.
+  softmax over a tensor of three or more dimensions, with the launches of the same shape just before
+  it and, until the next matrix product, after it; and every bool tensor of two or more dimensions
+  that a launch wrote.
 
 Bytes are those of the arguments and results of the launches, each tensor once per launch, as if it
 were dense; what a kernel keeps for itself is not known.
@@ -32,8 +33,9 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from torch import Tensor
 from mindiesd.emulator import record
 
 _SOFTMAX = frozenset({"aten::_softmax", "aten::softmax.int", "aten::_safe_softmax"})
+_PRODUCTS = frozenset({"aten::matmul", "aten::bmm", "aten::mm", "aten::baddbmm"})
 _CASTS = frozenset({"npu::npu_dtype_cast", "npu::_npu_dtype_cast"})
 _HERE = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
@@ -116,7 +119,9 @@ class Trace:
         self.transfer_bytes = 0
         self._lock = threading.Lock()
         # Launches that may turn out to lead to a softmax: (operator, shape, bytes).
-        self._chain: list[tuple[str, torch.Size, int]] = []
+        self._chain: list[tuple[str, tuple[int, ...], int]] = []
+        # The shape of the scores that the last softmax wrote.
+        self._scores: tuple[int, ...] | None = None
 
     @property
     def total(self) -> int:
@@ -182,22 +187,27 @@ class Trace:
         first = written[0]
         if first.dim() < 2 or min(first.shape[-2:]) < 2:
             return
-        if first.dtype == torch.bool:
-            self.squares[name] += 1
-            self.square_bytes += _bytes(first)
+        # matmul flattens leading dimensions; the last two and the size stay the same.
+        shape = (*first.shape[-2:], first.numel())
+        if name in _PRODUCTS:
+            self._scores = None
+        if first.dtype == torch.bool or shape == self._scores:
+            self._square(name, _bytes(first))
         elif name in _SOFTMAX:
             if first.dim() >= 3:
-                # matmul flattens leading dimensions; the last two and the size stay the same.
-                for led, shape, size in self._chain:
-                    if shape[-2:] == first.shape[-2:] and shape.numel() == first.numel():
-                        self.squares[led] += 1
-                        self.square_bytes += size
-                self.squares[name] += 1
-                self.square_bytes += _bytes(first)
+                for led, before, size in self._chain:
+                    if before == shape:
+                        self._square(led, size)
+                self._square(name, _bytes(first))
+                self._scores = shape
             self._chain.clear()
         else:
-            self._chain.append((name, first.shape, _bytes(first)))
+            self._chain.append((name, shape, _bytes(first)))
             del self._chain[:-16]
+
+    def _square(self, name: str, size: int) -> None:
+        self.squares[name] += 1
+        self.square_bytes += size
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, for programs (JSON can hold it)."""
@@ -252,6 +262,16 @@ def _human(size: int) -> str:
             return f"{amount:.1f} {unit}"
         amount /= 1024
     return f"{amount:.1f} TiB"
+
+
+class _CallableModule(ModuleType):
+    """``mindiesd.emulator.trace`` names a function and a module; calling either is the same."""
+
+    def __call__(self) -> AbstractContextManager[Trace]:
+        return trace()
+
+
+sys.modules[__name__].__class__ = _CallableModule
 
 
 @contextmanager

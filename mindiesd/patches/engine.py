@@ -8,6 +8,7 @@ It knows nothing of attention or norms. What is installed is a plain Python func
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -70,6 +71,10 @@ class Engine:
     def lock(self) -> threading.RLock:
         """The engine's lock, for callers that take several steps."""
         return self._lock
+
+    def unlock_after_fork(self) -> None:
+        """Replace the lock: a thread that held it while this process was forked is not here."""
+        self._lock = threading.RLock()
 
     def acquire(self, patches: Iterable[Patch]) -> None:
         """Install these records, now or as soon as their modules are imported."""
@@ -165,7 +170,8 @@ class Engine:
                 continue
             except Exception as error:  # noqa: BLE001 - one broken record must not stop the rest
                 state.reason = f"could not be built: {type(error).__name__}: {error}"
-                _log.exception("%s could not be built", patch.name)
+                _log.warning("%s %s", patch.name, state.reason)
+                _log.debug("%s", patch.name, exc_info=True)
                 continue
             fresh[id(original)] = (original, replacement)
             by_original[id(original)] = state
@@ -256,7 +262,7 @@ class _DynamoReset:
         self._before = self._engine.installed()
 
     def __exit__(self, *exc_info: object) -> None:
-        if self._engine.installed() == self._before or "torch._dynamo" not in sys.modules:
+        if self._engine.installed() == self._before or not _compiled_anything():
             return
         import torch
 
@@ -267,18 +273,33 @@ class _DynamoReset:
         _log.info(note)
 
 
+def _compiled_anything() -> bool:
+    """Whether Dynamo has compiled a frame since it was last reset."""
+    if "torch._dynamo.convert_frame" not in sys.modules:
+        return False
+    from torch._dynamo import convert_frame
+
+    # Not public; where it is gone, resetting once too often is the safe side.
+    codes = getattr(convert_frame, "input_codes", None)
+    return bool(getattr(codes, "seen", True))
+
+
 def unavailable(patch: Patch) -> str:
     """Why the packages this record needs are absent or of an unknown version; empty: they fit."""
     for distribution, versions in patch.requires.items():
         try:
-            version = metadata.version(distribution)
+            version = _version(distribution)
         except metadata.PackageNotFoundError:
             if find_module(distribution):
                 return f"{distribution} has no version to check"
             return f"{distribution} is not installed"
-        if not SpecifierSet(versions).contains(Version(version), prereleases=True):
+        if not SpecifierSet(versions).contains(version, prereleases=True):
             return f"{distribution} {version} is not a tested version ({versions})"
     return ""
+
+
+def _version(distribution: str) -> Version:
+    return Version(metadata.version(distribution))
 
 
 def _loaded(patch: Patch) -> bool:
@@ -311,3 +332,5 @@ def _tell(patch: Patch, event: str, replacement: Callable[..., Any]) -> None:
 
 ENGINE = Engine()
 """The one engine of this process."""
+
+os.register_at_fork(after_in_child=ENGINE.unlock_after_fork)

@@ -66,8 +66,9 @@ class ImportWatch(MetaPathFinder):
         self._executed.add(name)
         try:
             self._on_import(name)
-        except Exception:  # noqa: BLE001 - whatever it is, it is not the importing code's fault
-            _log.exception("patching after the import of %s failed", name)
+        except Exception as error:  # noqa: BLE001 - it is not the importing code's fault
+            _log.warning("patching after the import of %s failed: %r", name, error)
+            _log.debug("%s", name, exc_info=True)
 
     def retry_partial(self) -> None:
         """Call back for modules that were half-imported when they were first watched."""

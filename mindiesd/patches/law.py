@@ -11,10 +11,7 @@ import functools
 import inspect
 from collections.abc import Callable
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any
 
 GRADIENTS = "needs gradients"
 DROPOUT = "dropout"
@@ -28,31 +25,24 @@ AUTOCAST = "autocast decides the dtype"
 JIT_TRACE = "inside torch.jit.trace"
 
 
-def needs_gradients(*tensors: Tensor | None) -> bool:
-    """Whether autograd would record an operation on these: training is never touched."""
-    import torch
+def context() -> tuple[Callable[[], bool], Callable[[], object], Callable[[], bool]]:
+    """Three questions about where a call is made, as functions a replacement keeps and calls.
 
-    return torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in tensors
-    )
+    Public counterparts of the last two exist, but cost several times as much per call, or cannot be
+    traced by Dynamo.
 
-
-def autocast_on(tensor: Tensor) -> bool:
-    """Whether autocast may choose other dtypes than the arguments' for ``tensor``'s device."""
-    import torch
-
-    return torch.is_autocast_enabled(tensor.device.type)
-
-
-def jit_tracing() -> Callable[[], bool]:
-    """The function that tells whether ``torch.jit.trace`` is running.
-
-    Sizes are tensors there: comparing them would fix them in the trace.
+    Returns:
+        Whether autograd records; the state of ``torch.jit.trace``, ``None`` outside (sizes are
+        tensors inside, and comparing them would fix them in the trace); whether autocast is on for
+        any device.
     """
-    import torch.jit
+    import torch
 
-    is_tracing: Callable[[], bool] = torch.jit.is_tracing  # type: ignore[attr-defined]
-    return is_tracing
+    return (
+        torch.is_grad_enabled,
+        torch._C._get_tracing_state,
+        torch._C._is_any_autocast_enabled,
+    )
 
 
 class SignatureChanged(Exception):

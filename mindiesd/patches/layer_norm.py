@@ -3,6 +3,9 @@
 diffusers' own ``LayerNorm`` *is* ``torch.nn.LayerNorm``, so the first record is process-wide: it
 reaches text encoders and the user's own models too, and therefore takes only calls whose result is
 the original's. ``FP32LayerNorm`` overrides ``forward`` and needs a record of its own.
+
+Shapes are not compared: the operator at the end is the original's, and refuses what does not fit in
+the same words.
 """
 
 from __future__ import annotations
@@ -59,11 +62,11 @@ def build_torch(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = law.jit_tracing()
+    grad_enabled, jit_tracing, autocast = law.context()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
-    def refusal(input: Any, shape: Any, weight: Any, bias: Any) -> str | None:
-        if jit_tracing():
+    def refusal(input: Any, weight: Any, bias: Any) -> str | None:
+        if jit_tracing() is not None:
             return law.JIT_TRACE
         if not isinstance(input, Tensor):
             return law.NOT_A_TENSOR
@@ -74,11 +77,13 @@ def build_torch(original: Any, site: Site) -> Callable[..., Any]:
             bias is not None and bias.dtype is not dtype
         ):
             return law.MIXED_DTYPES
-        if input.shape[-len(shape) :] != shape:
-            return law.WEIGHT_SHAPE
-        if law.autocast_on(input):
+        if autocast():
             return law.AUTOCAST
-        if law.needs_gradients(input, weight, bias):
+        if grad_enabled() and (
+            input.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ):
             return law.GRADIENTS
         return None
 
@@ -87,7 +92,7 @@ def build_torch(original: Any, site: Site) -> Callable[..., Any]:
             weight, bias = self.weight, self.bias
             # A mode or subclass must see F.layer_norm, which the original calls.
             if not has_torch_function_variadic(input, weight, bias):
-                reason = refusal(input, self.normalized_shape, weight, bias)
+                reason = refusal(input, weight, bias)
                 if reason is None:
                     if tracing():
                         note(site.scope_key())
@@ -112,11 +117,11 @@ def build_fp32(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = law.jit_tracing()
+    grad_enabled, jit_tracing, autocast = law.context()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
-    def refusal(inputs: Any, shape: Any, weight: Any, bias: Any) -> str | None:
-        if jit_tracing():
+    def refusal(inputs: Any, weight: Any, bias: Any) -> str | None:
+        if jit_tracing() is not None:
             return law.JIT_TRACE
         if not isinstance(inputs, Tensor):
             return law.NOT_A_TENSOR
@@ -125,11 +130,13 @@ def build_fp32(original: Any, site: Site) -> Callable[..., Any]:
         for parameter in (weight, bias):
             if parameter is not None and parameter.dtype not in half_or_single:
                 return law.DTYPE
-        if inputs.shape[-len(shape) :] != shape:
-            return law.WEIGHT_SHAPE
-        if law.autocast_on(inputs):
+        if autocast():
             return law.AUTOCAST
-        if law.needs_gradients(inputs, weight, bias):
+        if grad_enabled() and (
+            inputs.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ):
             return law.GRADIENTS
         return None
 
@@ -137,7 +144,7 @@ def build_fp32(original: Any, site: Site) -> Callable[..., Any]:
         if site.everywhere or site.in_force():
             weight, bias = self.weight, self.bias
             if not has_torch_function_variadic(inputs, weight, bias):
-                reason = refusal(inputs, self.normalized_shape, weight, bias)
+                reason = refusal(inputs, weight, bias)
                 if reason is None:
                     if tracing():
                         note(site.scope_key())

@@ -37,6 +37,10 @@ class Counts:
 
     def __init__(self) -> None:
         """Start with nothing counted."""
+        self.forget()
+
+    def forget(self) -> None:
+        """Count from zero."""
         self._redirected = Tally()
         self._traced = Tally()
         self._fell_back: dict[str, Tally] = {}

@@ -108,6 +108,11 @@ class Migration:
             self.notes.append(f"not restored, somebody else replaced it: {place}")
         self._frozen.notes = list(dict.fromkeys(self._frozen.notes + self.notes))
 
+    def forget_counts(self) -> None:
+        """Count from zero: a forked child has made none of its parent's calls."""
+        for counts in self.ledger.values():
+            counts.forget()
+
     def report(self) -> Report:
         """What this migration did so far; after its end, what it had done."""
         return self._build() if self._frozen is None else self._frozen

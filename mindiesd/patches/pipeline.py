@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mindiesd.errors import ParametersInvalid
 from mindiesd.patches.engine import ENGINE
 from mindiesd.patches.migration import Migration, Options
-from mindiesd.patches.scope import LOCAL, Token
+from mindiesd.patches.scope import LOCAL, OPEN, Token
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -70,12 +70,14 @@ def patch_pipeline(
     scoped = _Scoped(token)
     try:
         with ENGINE.lock():
+            OPEN.add(token)
             for module in modules:
                 scoped.enter(module)
         yield migration
     finally:
         token.active = False
         with ENGINE.lock():
+            OPEN.discard(token)
             for module in modules:
                 scoped.leave(module)
         migration.uninstall()

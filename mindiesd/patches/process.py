@@ -50,10 +50,15 @@ def patch_all(
         migration.install()
         for patch in options.patches:
             site = ENGINE.state(patch.name).site
-            site.ledger = migration.ledger
+            site.count_to(migration.ledger)
             site.everywhere = True
         _current = migration
     return migration
+
+
+def current_migration() -> Migration | None:
+    """The migration that :func:`patch_all` put in force; ``None`` where nothing is patched."""
+    return _current
 
 
 def unpatch_all() -> None:

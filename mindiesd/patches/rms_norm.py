@@ -61,28 +61,31 @@ def build_functional(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = law.jit_tracing()
+    grad_enabled, jit_tracing, autocast = law.context()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
     default_eps = torch.finfo(torch.float32).eps
 
     def refusal(input: Any, normalized_shape: Any, weight: Any) -> str | None:
-        if jit_tracing():
+        if jit_tracing() is not None:
             return law.JIT_TRACE
         if not isinstance(input, Tensor):
             return law.NOT_A_TENSOR
         dtype = input.dtype
         if dtype not in half_or_single:
             return law.DTYPE
-        if len(normalized_shape) != 1 or input.shape[-1:] != (normalized_shape[0],):
+        size = input.shape
+        if len(normalized_shape) != 1 or not size or size[-1] != normalized_shape[0]:
             return law.NOT_LAST_DIM
         if weight is not None:
             if weight.dtype is not dtype:
                 return law.MIXED_DTYPES
-            if weight.shape != (normalized_shape[0],):
+            if weight.dim() != 1 or weight.numel() != size[-1]:
                 return law.WEIGHT_SHAPE
-        if law.autocast_on(input):
+        if autocast():
             return law.AUTOCAST
-        if law.needs_gradients(input, weight):
+        if grad_enabled() and (
+            input.requires_grad or (weight is not None and weight.requires_grad)
+        ):
             return law.GRADIENTS
         return None
 
@@ -122,12 +125,12 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = law.jit_tracing()
+    grad_enabled, jit_tracing, autocast = law.context()
     half = (torch.bfloat16, torch.float16)
     half_or_single = (torch.float32, *half)
 
     def refusal(hidden_states: Any, weight: Any, bias: Any) -> str | None:
-        if jit_tracing():
+        if jit_tracing() is not None:
             return law.JIT_TRACE
         if not isinstance(hidden_states, Tensor):
             return law.NOT_A_TENSOR
@@ -138,12 +141,16 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
                 bias is not None and bias.dtype is not weight.dtype
             ):
                 return law.MIXED_DTYPES
-            size = hidden_states.shape[-1:]
-            if weight.shape != size or (bias is not None and bias.shape != size):
+            # A bias always has the weight's shape.
+            if weight.dim() != 1 or weight.numel() != hidden_states.shape[-1]:
                 return law.WEIGHT_SHAPE
-        if law.autocast_on(hidden_states):
+        if autocast():
             return law.AUTOCAST
-        if law.needs_gradients(hidden_states, weight, bias):
+        if grad_enabled() and (
+            hidden_states.requires_grad
+            or (weight is not None and weight.requires_grad)
+            or (bias is not None and bias.requires_grad)
+        ):
             return law.GRADIENTS
         return None
 

@@ -48,11 +48,11 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    jit_tracing = law.jit_tracing()
+    grad_enabled, jit_tracing, _ = law.context()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
     def refusal(x: Any, tables: Any, use_real: Any, unbind: Any, sequence_dim: Any) -> str | None:
-        if jit_tracing():
+        if jit_tracing() is not None:
             return law.JIT_TRACE
         if not use_real:
             return COMPLEX_TABLE
@@ -61,19 +61,19 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
         cos, sin = tables
         if has_torch_function_variadic(x, cos, sin):
             return law.UNUSUAL_ARGUMENT
-        if x.dim() != 4 or sequence_dim not in (1, 2) or unbind not in (-1, -2):
+        size, table = x.shape, cos.shape
+        if len(size) != 4 or size[3] % 2 or sequence_dim not in (1, 2) or unbind not in (-1, -2):
             return LAYOUT
         dtype = cos.dtype
         if x.dtype not in half_or_single or dtype not in half_or_single or sin.dtype is not dtype:
             return law.DTYPE
-        if cos.device != x.device or sin.device != x.device:
+        if not (x.is_cpu and cos.is_cpu and sin.is_cpu) and (
+            cos.device != x.device or sin.device != x.device
+        ):
             return TABLE_DEVICE
-        shape = x.shape
-        if shape[3] % 2:
-            return LAYOUT
-        if cos.shape != (shape[sequence_dim], shape[3]) or sin.shape != cos.shape:
+        if table != (size[sequence_dim], size[3]) or sin.shape != table:
             return TABLE_SHAPE
-        if law.needs_gradients(x, cos, sin):
+        if grad_enabled() and (x.requires_grad or cos.requires_grad or sin.requires_grad):
             return law.GRADIENTS
         return None
 

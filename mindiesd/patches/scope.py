@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from mindiesd.patches.ledger import Ledger
+from mindiesd.patches.ledger import Counts, Ledger
 
 LOCAL = threading.local()
 """``LOCAL.token`` is the token of the scoped module whose forward this thread is inside of."""
@@ -42,6 +42,10 @@ class Token:
         _tokens[self.key] = self
 
 
+OPEN: set[Token] = set()
+"""The tokens of the blocks that are open; looked at first, for reading a thread-local is slow."""
+
+
 class Site:
     """One installed patch, as its replacement function sees it."""
 
@@ -49,7 +53,11 @@ class Site:
         """Describe the patch called ``name``, in force nowhere yet."""
         self.name = name
         self.everywhere = False
-        self.ledger = Ledger()
+        self.count_to(Ledger())
+
+    def count_to(self, ledger: Ledger) -> None:
+        """Count the calls that are under no token in this ledger from now on."""
+        self._own = ledger[self.name]
 
     def in_force(self) -> bool:
         """Whether the current call is one that this patch may redirect."""
@@ -63,13 +71,15 @@ class Site:
 
     def redirected(self) -> None:
         """Count a call that the replacement took."""
-        token = getattr(LOCAL, "token", None)
-        (self.ledger if token is None else token.ledger)[self.name].redirected()
+        self._counts().redirected()
 
     def fell_back(self, reason: str) -> None:
         """Count a call that went to the original, and why."""
-        token = getattr(LOCAL, "token", None)
-        (self.ledger if token is None else token.ledger)[self.name].fell_back(reason)
+        self._counts().fell_back(reason)
+
+    def _counts(self) -> Counts:
+        token = getattr(LOCAL, "token", None) if OPEN else None
+        return self._own if token is None else token.ledger[self.name]
 
     def scope_key(self) -> str:
         """The key of the token this call is under; empty where there is none."""
@@ -87,7 +97,7 @@ def trace_note(site: Site) -> Callable[[str], None]:
 
     def note(key: str) -> None:
         token = _tokens.get(key)
-        (site.ledger if token is None else token.ledger)[site.name].traced()
+        (site._own if token is None else token.ledger[site.name]).traced()
 
     # Dynamo runs a function marked as constant for real, once, at trace time, and bakes in its
     # result; nothing of it is left in the graph.

@@ -52,8 +52,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
 
     note = trace_note(site)
     tracing = torch.compiler.is_dynamo_compiling
-    grad_enabled = torch.is_grad_enabled
-    jit_tracing = law.jit_tracing()
+    grad_enabled, jit_tracing, _ = law.context()
 
     def scaled_dot_product_attention(
         query: Tensor,
@@ -90,7 +89,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                 is_causal is not False and is_causal is not True
             ):
                 reason = law.UNUSUAL_ARGUMENT
-            elif jit_tracing():
+            elif jit_tracing() is not None:
                 reason = law.JIT_TRACE
             elif not (
                 isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)

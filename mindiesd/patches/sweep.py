@@ -246,7 +246,11 @@ def describe_holders(
             note_attributes(owner)
     if tuples:
         for owner in gc.get_referrers(*[owner for owner in owners if id(owner) in tuples]):
-            if isinstance(owner, FunctionType) and not skip(_home(owner)):
+            # By its globals: our replacements are dressed in the original's name and module.
+            home = (
+                owner.__globals__.get("__name__", "") if isinstance(owner, FunctionType) else None
+            )
+            if isinstance(owner, FunctionType) and not skip(str(home)):
                 cells = owner.__closure__ or ()
                 note(
                     [cell.cell_contents for cell in cells if id(cell) in containers],

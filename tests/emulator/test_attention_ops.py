@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import oracle
 import pytest
 import torch
+
+from . import oracle
 
 H, BF, FULL = torch.float16, torch.bfloat16, torch.float32
 TOLERANCE = {H: 2e-3, BF: 2e-2, FULL: 2e-6}

@@ -2,13 +2,13 @@
 
 import math
 
-import oracles
 import pytest
 import torch
 from torch import nn
 
 from mindiesd import ParametersInvalid, get_activation_layer
 from mindiesd.ops.activation import GELU
+from tests import oracles
 
 
 def erf_gelu(x):

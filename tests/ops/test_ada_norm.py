@@ -1,6 +1,5 @@
 """layernorm_scale_shift against the oracle and against the three steps it replaces."""
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +8,7 @@ from torch import nn
 
 from mindiesd import ParametersInvalid, layernorm_scale_shift
 from mindiesd.ops.ada_norm import layer_norm_scale_shift
+from tests import oracles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -3,7 +3,6 @@
 import math
 import warnings
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 from mindiesd import ParametersInvalid, attention_forward
 from mindiesd.ops import attention, masks
 from mindiesd.ops.backends import native
+from tests import oracles
 
 HALVES = (torch.float16, torch.bfloat16)
 DTYPES = (*HALVES, torch.float32)

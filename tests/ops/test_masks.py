@@ -2,7 +2,6 @@
 
 import math
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
@@ -17,6 +16,7 @@ from mindiesd.ops.masks import (
     broadcasts,
     for_sdpa,
 )
+from tests import oracles
 
 CPU = torch.device("cpu")
 bound = st.none() | st.integers(-8, 8)

@@ -2,7 +2,6 @@
 
 import warnings
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch import nn
 
 from mindiesd import ParametersInvalid, RMSNorm, fast_layernorm
 from mindiesd.ops import norm
+from tests import oracles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ALL = (*DTYPES, torch.float64)

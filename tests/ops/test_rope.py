@@ -1,6 +1,5 @@
 """Rotary embedding against the oracle and, bit for bit, against diffusers."""
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
@@ -8,6 +7,7 @@ from hypothesis import strategies as st
 
 from mindiesd import ParametersInvalid, rotary_position_embedding
 from mindiesd.ops.rope import rotate
+from tests import oracles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MODES = ("rotated_half", "rotated_interleaved")

@@ -2,13 +2,13 @@
 
 import math
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mindiesd import ParametersInvalid, attention_forward, sparse_attention
+from tests import oracles
 
 
 @given(

@@ -2,7 +2,6 @@
 
 import warnings
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import mindiesd
 from mindiesd.ops import attention, norm
 from mindiesd.ops.rope import rotate
+from tests import oracles
 
 
 def tensor(*shape, **options):

@@ -3,7 +3,6 @@
 import itertools
 import math
 
-import oracles
 import pytest
 import torch
 from hypothesis import given
@@ -11,6 +10,7 @@ from hypothesis import strategies as st
 
 from mindiesd import ParametersInvalid, attention_forward, attention_forward_varlen
 from mindiesd.ops.backends import native
+from tests import oracles
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 

@@ -154,6 +154,27 @@ def test_gradients_under_compile_go_to_the_original() -> None:
     assert migration.report().traced == 0
 
 
+def test_autocast_inside_a_compiled_function() -> None:
+    """The redirect is decided per region: outside autocast ours, inside the original."""
+    migration = mindiesd.patch_all()
+    layer = torch.nn.LayerNorm(8)
+
+    def both(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            inside = layer(q) @ q.transpose(-1, -2)
+        return inside, layer(q)
+
+    q = torch.randn(1, 2, 3, 8)
+    with torch.no_grad():
+        inside, outside = torch.compile(both, backend="aot_eager", fullgraph=True)(q)
+        mindiesd.unpatch_all()
+        expected_inside, expected_outside = both(q)
+    assert inside.dtype == expected_inside.dtype == torch.bfloat16
+    torch.testing.assert_close(inside, expected_inside)
+    torch.testing.assert_close(outside, expected_outside)
+    assert migration.report().traced == 1
+
+
 def test_export() -> None:
     class Attention(torch.nn.Module):
         def forward(self, q: torch.Tensor) -> torch.Tensor:

@@ -233,7 +233,7 @@ def test_threads_patch_and_unpatch() -> None:
 
         def toggle():
             start.wait()
-            for _ in range(15):
+            for _ in range(5):
                 mindiesd.patch_all(only="sdpa")
                 mindiesd.unpatch_all()
 

@@ -219,35 +219,81 @@ def test_instance_level_forward_that_was_there_before_or_is_put_there_inside() -
     assert state(model) == clean
 
 
+class Block(torch.nn.Module):
+    """Attention behind a norm; small, so that compiling it is quick."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(8)
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        q = self.norm(q)
+        return F.scaled_dot_product_attention(q, q, q)
+
+
+class Stack(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList([Block(), Block()])
+
+    def forward(self, q: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            q = block(q)
+        return q
+
+
+def traced(migration: mindiesd.Migration) -> dict[str, int]:
+    return {patch.name: patch.traced for patch in migration.report().patches if patch.traced}
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("fullgraph", [True, False])
-@pytest.mark.parametrize("when", ["before", "inside"])
+@pytest.mark.parametrize("when", ["before", "inside", "inner before"])
 def test_compiled_models(when: str, fullgraph: bool) -> None:
+    """Compiled before or inside the block, whole or an inner module; another is never touched."""
     torch.compiler.reset()
-    mine, other = tiny_flux_transformer(), tiny_flux_transformer()
-    expected = run(mine)
+    mine, other = Stack(), Stack()
+    q = torch.randn(1, 2, 3, 8)
+    expected, expected_other = mine(q), other(q)
 
     def compiled(model: torch.nn.Module) -> torch.nn.Module:
         return torch.compile(model, backend="aot_eager", fullgraph=fullgraph)
 
+    target, run_mine, run_other = mine, mine, other
     if when == "before":
-        mine_compiled, other_compiled = compiled(mine), compiled(other)
-        run(mine_compiled)
-        run(other_compiled)
-        target = mine_compiled
-    else:
-        target = mine
+        target = run_mine = compiled(mine)
+        run_other = compiled(other)
+    elif when == "inner before":
+        mine.blocks[0], other.blocks[0] = compiled(mine.blocks[0]), compiled(other.blocks[0])
+    run_mine(q)
+    run_other(q)
     with mindiesd.patch_pipeline(Pipe(transformer=target)) as migration:
         if when == "inside":
-            mine_compiled, other_compiled = compiled(mine), compiled(other)
-        assert torch.allclose(run(other_compiled), expected, atol=1e-5)
-        assert migration.report().traced == 0
-        assert torch.allclose(run(mine_compiled), expected, atol=1e-5)
-        traced = {patch.name: patch.traced for patch in migration.report().patches}
-        assert traced["sdpa"] == 2 and traced["diffusers_rope"] == 4
-        assert torch.allclose(run(other_compiled), expected, atol=1e-5)
-        assert {p.name: p.traced for p in migration.report().patches} == traced
-    assert torch.allclose(run(mine_compiled), expected, atol=1e-5)
-    assert {p.name: p.traced for p in migration.report().patches} == traced
+            run_mine, run_other = compiled(mine), compiled(other)
+        assert torch.allclose(run_other(q), expected_other, atol=1e-6)
+        assert traced(migration) == {}
+        assert torch.allclose(run_mine(q), expected, atol=1e-6)
+        number = 1 if when == "inner before" else 2
+        assert traced(migration) == {"sdpa": number, "torch_layer_norm": number}
+        assert torch.allclose(run_other(q), expected_other, atol=1e-6)
+        assert traced(migration) == {"sdpa": number, "torch_layer_norm": number}
+    assert torch.allclose(run_mine(q), expected, atol=1e-6)
+    assert torch.allclose(run_other(q), expected_other, atol=1e-6)
+    assert traced(migration) == {"sdpa": number, "torch_layer_norm": number}
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+def test_compiled_flux() -> None:
+    torch.compiler.reset()
+    model = tiny_flux_transformer()
+    expected = run(model)
+    with mindiesd.patch_pipeline(model) as migration:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert torch.allclose(run(compiled), expected, atol=1e-5)
+        assert traced(migration)["sdpa"] == 2
+        assert traced(migration)["diffusers_rope"] == 4
+    assert torch.allclose(run(compiled), expected, atol=1e-5)
     torch.compiler.reset()
 
 

@@ -67,8 +67,10 @@ def test_every_attribute_is_again_the_object_it_was() -> None:
         different = [key for key in different if "cache" not in str(key).lower()]
         # torch.compiler.reset() starts Dynamo's own counters anew.
         different = [key for key in different if "torch._dynamo" not in str(key)]
+        # This script's own variables.
+        different = [key for key in different if key[0] not in ("__main__", "__mp_main__")]
         assert not different, different
-        fresh = set(after) - set(before)
+        fresh = {k for k in set(after) - set(before) if k[0] not in ("__main__", "__mp_main__")}
         leaked = [key for key in fresh if "mindiesd" in repr(after[key])]
         assert not leaked, leaked
         """
@@ -202,7 +204,7 @@ def test_somebody_elses_wrapper_is_left_in_place_and_named() -> None:
     )
 
 
-def test_thousand_cycles_leak_nothing() -> None:
+def test_cycles_leak_nothing() -> None:
     run_python(
         """
         import gc
@@ -218,11 +220,11 @@ def test_thousand_cycles_leak_nothing() -> None:
             cycle()
         gc.collect()
         before = len(gc.get_objects())
-        for _ in range(60):
+        for _ in range(30):
             cycle()
         gc.collect()
         grown = len(gc.get_objects()) - before
-        assert grown < 60, f"{grown} objects more after 60 cycles"
+        assert grown < 30, f"{grown} objects more after 30 cycles"
         assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
         """
     )

@@ -131,8 +131,8 @@ def npu_scaled_masked_softmax(
     """softmax(scale * x, masked where ``mask`` is true) over the last dimension, in x's dtype.
 
     x [B, N, H, W] with H and W in 32..4096, W a multiple of 32; mask bool, broadcastable to it;
-    with ``fixed_triu_mask`` the upper triangle takes its place. Masked scores are -10000 (op-plugin), so
-    a row that is all masked is uniform.
+    with ``fixed_triu_mask`` the upper triangle takes its place. Masked scores are -10000
+    (op-plugin), so a row that is all masked is uniform.
     """
     operator = "npu_scaled_masked_softmax"
     soc.refuse_310p(operator)

@@ -1,7 +1,8 @@
 """Which Ascend the process pretends to have: limits differ between the series.
 
 The SoC name comes from ``MINDIESD_EMULATOR_SOC`` (default Ascend910B1, an Atlas A2). The numbers
-are torch_npu's (NpuVariables.h): 310P 200-205, 910B (A2) 220-225, 910_93 (A3) 250-256, 950 from 260.
+are torch_npu's (NpuVariables.h): 310P 200-205, 910B (A2) 220-225, 910_93 (A3) 250-256, 950 from
+260.
 """
 
 from __future__ import annotations

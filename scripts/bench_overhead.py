@@ -1,0 +1,289 @@
+"""What patching costs the host: added time per call, start-up, and a whole pipeline.
+
+Every figure is a difference or a ratio of two things measured in one run, alternately. On a machine
+that does other work the smallest of many repetitions is what the code costs, so that is what is
+compared for single calls; the median is used for whole programs.
+
+    python scripts/bench_overhead.py [--write docs/benchmarks.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import timeit
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+
+class Row:
+    """One measured line: what, figure, goal, whether it is met."""
+
+    def __init__(self, what: str, value: float, goal: float, unit: str) -> None:
+        self.what, self.value, self.goal, self.unit = what, value, goal, unit
+
+    def cells(self) -> list[str]:
+        digits = 3 if self.unit == "×" else 2 if self.unit == "µs" else 0
+        met = "yes" if self.value <= self.goal else "**no**"
+        return [
+            self.what,
+            f"{self.value:.{digits}f} {self.unit}",
+            f"≤ {self.goal:g} {self.unit}",
+            met,
+        ]
+
+
+def added(ours: Callable[[], object], bare: Callable[[], object]) -> float:
+    """Microseconds that ``ours`` takes more than ``bare``: minima of alternating repetitions."""
+    calls, repeats = 2000, 60
+    times: dict[str, list[float]] = {"ours": [], "bare": []}
+    for _ in range(repeats):
+        times["ours"].append(timeit.timeit(ours, number=calls))
+        times["bare"].append(timeit.timeit(bare, number=calls))
+    return (min(times["ours"]) - min(times["bare"])) / calls * 1e6
+
+
+def call_rows() -> list[Row]:
+    import torch
+    import torch.nn.functional as F
+    from diffusers.models import embeddings, normalization
+
+    import mindiesd
+    from mindiesd.ops.backends import native
+    from mindiesd.patches.rms_norm import build_functional as build_rms
+    from mindiesd.patches.scope import Site
+    from mindiesd.patches.sdpa import build as build_sdpa
+
+    torch.set_num_threads(1)
+    q = torch.randn(1, 2, 4, 8)
+    three = torch.randn(2, 4, 8)
+    mask = torch.zeros(1, 1, 4, 4)
+    kept = torch.ones(1, 1, 1, 4, dtype=torch.bool)
+    cos, sin = torch.randn(2, 4, 8)
+    shape = [8]
+    layer = torch.nn.LayerNorm(8)
+    fp32 = normalization.FP32LayerNorm(8)
+    rms = normalization.RMSNorm(8, 1e-6)
+    wide = torch.randn(1, 2, 4, 8, dtype=torch.float64)
+    rows = []
+    with torch.no_grad():
+        mindiesd.patch_all()
+        sdpa, functional = F.scaled_dot_product_attention, F.rms_norm
+
+        def nothing(*args: object, **kwargs: object) -> None:
+            return None
+
+        # Falling back: the same replacements, built over an original that does nothing.
+        for what, build, falling, args, goal in (
+            ("SDPA falling back (3-D input)", build_sdpa, "sdpa", (three, three, three), 1.5),
+            ("F.rms_norm falling back (float64)", build_rms, "torch_rms_norm", (wide, shape), 2),
+        ):
+            site = Site(falling)
+            site.everywhere = True
+            shim = build(nothing, site)
+            rows.append(Row(what, added(partial(shim, *args), partial(nothing, *args)), goal, "µs"))
+
+        # From here on the kernels do nothing, on our side and on the bare one.
+        kernels = ("attention", "rms_norm", "layer_norm", "rotate")
+        real = {name: getattr(native, name) for name in kernels}
+        for name in kernels:
+            setattr(native, name, nothing)
+        layer_forward = torch.nn.LayerNorm.forward
+        fp32_forward = normalization.FP32LayerNorm.forward
+        rms_forward = normalization.RMSNorm.forward
+        rope = embeddings.apply_rotary_emb
+        cases: list[tuple[str, Callable[[], object], Callable[[], object], float]] = [
+            ("SDPA redirected, no mask", lambda: sdpa(q, q, q), lambda: nothing(q, q, q), 3),
+            (
+                "SDPA redirected, is_causal",
+                lambda: sdpa(q, q, q, is_causal=True),
+                lambda: nothing(q, q, q, is_causal=True),
+                3,
+            ),
+            (
+                "SDPA redirected, additive mask",
+                lambda: sdpa(q, q, q, mask),
+                lambda: nothing(q, q, q, mask),
+                3,
+            ),
+            (
+                "SDPA redirected, bool mask (1,1,1,S)",
+                lambda: sdpa(q, q, q, kept),
+                lambda: nothing(q, q, q, kept),
+                3,
+            ),
+            (
+                "F.rms_norm redirected",
+                lambda: functional(q, shape),
+                lambda: nothing(q, shape),
+                2,
+            ),
+            (
+                "LayerNorm.forward redirected",
+                lambda: layer_forward(layer, q),
+                lambda: nothing(layer, q, layer.weight, layer.bias),
+                2,
+            ),
+            (
+                "FP32LayerNorm.forward redirected",
+                lambda: fp32_forward(fp32, q),
+                lambda: nothing(fp32, q, fp32.weight, fp32.bias),
+                2,
+            ),
+            (
+                "diffusers RMSNorm.forward redirected",
+                lambda: rms_forward(rms, q),
+                lambda: nothing(rms, q, rms.weight, rms.bias),
+                2,
+            ),
+            (
+                "apply_rotary_emb redirected",
+                lambda: rope(q, (cos, sin)),
+                lambda: nothing(q, (cos, sin)),
+                2,
+            ),
+        ]
+        for what, ours, theirs, goal in cases:
+            rows.append(Row(f"{what}, kernel a no-op", added(ours, theirs), goal, "µs"))
+        for name, kernel in real.items():
+            setattr(native, name, kernel)
+        mindiesd.unpatch_all()
+    return rows
+
+
+def milliseconds(command: list[str]) -> float:
+    begin = time.perf_counter()
+    subprocess.run(command, check=True, capture_output=True, cwd=tempfile.gettempdir())
+    return (time.perf_counter() - begin) * 1e3
+
+
+def start_rows(rounds: int) -> list[Row]:
+    launcher = Path(sys.executable).with_name("mindiesd-run")
+    run = [str(launcher)] if launcher.exists() else [shutil.which("mindiesd-run") or "mindiesd-run"]
+    bare = [sys.executable, "-c", "pass"]
+    launched = [*run, sys.executable, "-c", "pass"]
+    imported = [sys.executable, "-c", "import mindiesd"]
+    importing = "`import mindiesd`, added to `python -c pass`"
+    times: dict[str, list[float]] = {"bare": [], "launched": [], "imported": []}
+    for _ in range(rounds):
+        times["bare"].append(milliseconds(bare))
+        times["launched"].append(milliseconds(launched))
+        times["imported"].append(milliseconds(imported))
+    middle = {name: statistics.median(values) for name, values in times.items()}
+    code = """
+import time, torch, diffusers, transformers
+from diffusers import FluxPipeline
+from transformers import CLIPTextModel
+import mindiesd
+begin = time.perf_counter()
+mindiesd.patch_all()
+print((time.perf_counter() - begin) * 1e3)
+"""
+    patching = [
+        float(
+            subprocess.run(
+                [sys.executable, "-c", code], check=True, capture_output=True, text=True
+            ).stdout.split()[-1]
+        )
+        for _ in range(5)
+    ]
+    return [
+        Row(
+            importing,
+            middle["imported"] - middle["bare"],
+            30,
+            "ms",
+        ),
+        Row(
+            "`mindiesd-run python -c pass`, added to `python -c pass`",
+            middle["launched"] - middle["bare"],
+            150,
+            "ms",
+        ),
+        Row(
+            "`patch_all()` after importing diffusers and transformers",
+            statistics.median(patching),
+            300,
+            "ms",
+        ),
+    ]
+
+
+def pipeline_rows(rounds: int) -> list[Row]:
+    import torch
+    from diffusers import DiffusionPipeline
+
+    import mindiesd
+    from examples.make_tiny_flux import build
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    with tempfile.TemporaryDirectory() as folder:
+        build(folder)
+        pipe = DiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> float:
+        generator = torch.Generator().manual_seed(0)
+        begin = time.perf_counter()
+        pipe("a red boat", num_inference_steps=4, generator=generator, height=256, width=256)
+        return time.perf_counter() - begin
+
+    draw()
+    ratios, plain, patched = [], [], []
+    for number in range(rounds):
+        # Each order in turn: a machine that warms up or slows down favours neither.
+        for patch in (number % 2 == 0, number % 2 == 1):
+            if patch:
+                mindiesd.patch_all()
+            (patched if patch else plain).append(draw())
+            mindiesd.unpatch_all()
+        ratios.append(patched[-1] / plain[-1])
+    return [Row("the demo's pipeline, patched / unpatched", statistics.median(ratios), 1.02, "×")]
+
+
+def table(rows: list[Row]) -> str:
+    lines = ["| what | measured | goal | met |", "|---|---|---|---|"]
+    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, help="also write the page to this file")
+    parser.add_argument("--rounds", type=int, default=15, help="interleaved whole-program runs")
+    options = parser.parse_args()
+    rows = call_rows() + start_rows(options.rounds) + pipeline_rows(options.rounds)
+    import torch
+
+    page = f"""# Host overhead
+
+What patching costs on a machine without an NPU: added host time per call, start-up, and a whole
+pipeline. Made by `python scripts/bench_overhead.py --write docs/benchmarks.md` on {
+        datetime.date.today().isoformat()
+    }
+({platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {
+        torch.__version__
+    }). Single calls compare minima of
+alternating repetitions, whole programs medians of alternating runs.
+
+{table(rows)}
+"""
+    print(page)
+    if options.write:
+        options.write.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
