@@ -55,10 +55,10 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
     grad_enabled, jit_tracing, _ = law.context()
 
     def scaled_dot_product_attention(
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
+        query: Any,
+        key: Any,
+        value: Any,
+        attn_mask: Any = None,
         dropout_p: float = 0.0,
         is_causal: bool = False,
         scale: float | None = None,
@@ -81,6 +81,10 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                     enable_gqa=enable_gqa,
                 )
                 return result
+        elif not isinstance(query, Tensor) and _is_bound(query, scaled_dot_product_attention):
+            return scaled_dot_product_attention(
+                key, value, *_shifted(attn_mask, dropout_p, is_causal, scale, enable_gqa)
+            )
         elif site.everywhere or site.in_force():
             reason: str | None
             if dropout_p != 0.0:
@@ -94,7 +98,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
             elif not (
                 isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
             ):
-                reason = law.NOT_A_TENSOR  # type: ignore[unreachable] # callers may pass anything
+                reason = law.NOT_A_TENSOR
             else:
                 reason = attention.refusal(query, key, value, attn_mask, is_causal, enable_gqa)
                 if (
@@ -122,6 +126,34 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
         return kept
 
     return scaled_dot_product_attention
+
+
+def _is_bound(instance: object, function: object) -> bool:
+    """Whether a call got ``instance`` because ``function`` is an attribute of its class.
+
+    The original is a builtin, which does not bind: ``attend = F.scaled_dot_product_attention`` in
+    a class body and ``self.attend(q, k, v)`` are fine with it. A class defined while we are in
+    place holds a Python function, which binds.
+    """
+    return any(
+        value is function for kind in type(instance).__mro__ for value in vars(kind).values()
+    )
+
+
+def _shifted(attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_gqa: Any) -> Any:
+    """The arguments from ``value`` on of a call whose positional ones moved up by one.
+
+    Each parameter holds what was given for it by keyword, or what was meant for the one before it;
+    their types differ, so one look tells. The original takes ``scale`` by keyword only.
+    """
+    value, mask, dropout, causal = attn_mask, None, dropout_p, is_causal
+    if dropout_p is None or hasattr(dropout_p, "dtype"):
+        mask, dropout = dropout_p, 0.0
+        if type(is_causal) is not bool:
+            dropout, causal = is_causal, False
+            if type(scale) is bool:
+                causal, scale = scale, None
+    return value, mask, dropout, causal, scale, enable_gqa
 
 
 def after_install(replacement: Callable[..., Any]) -> None:

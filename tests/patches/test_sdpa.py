@@ -347,3 +347,33 @@ def test_multihead_attention_and_transformers_reach_it() -> None:
         assert migration.report().redirected == first + 2
         """
     )
+
+
+def test_attribute_of_a_class_defined_while_patched(migration) -> None:
+    """A builtin in a class body does not bind; the function that stands in for it does."""
+
+    class Attention:
+        attend = F.scaled_dot_product_attention
+
+        def __init__(self) -> None:
+            self.q, self.k, self.v = torch.randn(3, 1, 2, 3, 8).unbind()
+
+        def calls(self) -> list[torch.Tensor]:
+            q, k, v, mask = self.q, self.k, self.v, torch.randn(3, 3)
+            return [
+                (self.attend(q, k, v), ORIGINAL(q, k, v)),
+                (self.attend(q, k, v, mask), ORIGINAL(q, k, v, mask)),
+                (self.attend(q, k, v, None, 0.0, True), ORIGINAL(q, k, v, is_causal=True)),
+                (self.attend(q, k, v, None, 0.0), ORIGINAL(q, k, v)),
+                (self.attend(q, k, v, is_causal=True), ORIGINAL(q, k, v, is_causal=True)),
+                (self.attend(q, k, v, mask, scale=0.3), ORIGINAL(q, k, v, mask, scale=0.3)),
+                (self.attend(q, k, v, dropout_p=0.0, scale=2.0), ORIGINAL(q, k, v, scale=2.0)),
+                (Attention.attend(q, k, v, mask), ORIGINAL(q, k, v, mask)),
+            ]
+
+    for ours, theirs in Attention().calls():
+        assert torch.equal(ours, theirs)
+    assert counts(migration)[0] == 8
+    mindiesd.unpatch_all()
+    for ours, theirs in Attention().calls():
+        assert torch.equal(ours, theirs)

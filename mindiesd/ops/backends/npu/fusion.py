@@ -1,0 +1,142 @@
+"""``npu_fusion_attention`` v1, v2 and v3: Atlas A2 and A3; v1 also the 950.
+
+Which of the three: a bias goes to v2, whose ``pse_type=0`` adds it after the scale, as PyTorch
+does. A call that is traced or captured goes to v3, the one whose documentation allows that. v1 and
+v3 would compute ``scale * (QKᵀ + bias)``: there the query is scaled beforehand, in float32, so that
+nothing is divided.
+
+Limits (the narrower where the op-plugin and CANN pages differ): float16, bfloat16, float32; D of
+query and key at most 512 and that of value no larger; 1 to 256 heads, a multiple of the kv heads;
+lengths 1 to 1M; B at most 2M. Rows without a key give 0 with ``inner_precise=2``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mindiesd.ops.backends.npu import forms, soc
+from mindiesd.ops.backends.npu.call import Call, within_float32
+from mindiesd.ops.masks import AttentionMask
+
+NAME = "npu_fusion_attention"
+LAYOUTS = ("BNSD", "BSND", "BSH")
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MOST_HEADS, MOST_DIM, MOST_LENGTH, MOST_BATCH = 256, 512, 1 << 20, 2 << 20
+
+
+def refusal(call: Call) -> str | None:
+    """Why the kernel is not for this call; None if it is."""
+    if call.series not in (soc.A2, soc.A3, soc.A950):
+        return "the kernel is not on this series"
+    if call.dtype not in DTYPES:
+        return "dtype is not float16, bfloat16 or float32"
+    if not 1 <= max(call.dim, call.value_dim) <= MOST_DIM or call.dim < 1:
+        return "head dimension is not 1 to 512"
+    if call.heads > MOST_HEADS:
+        return "more than 256 heads"
+    if max(call.queries, call.keys) > MOST_LENGTH or call.batch > MOST_BATCH:
+        return "sequence longer than 1M or batch larger than 2M"
+    if not within_float32(call.scale):
+        return "scale is no float32 number"
+    if call.bias and call.bias_dtype not in DTYPES:
+        return "dtype of the bias"
+    return None
+
+
+def operator(call: Call) -> str:
+    """The version that the call goes to."""
+    if call.frozen and call.series != soc.A950:
+        return "npu_fusion_attention_v3"
+    if call.bias and call.series != soc.A950:
+        return "npu_fusion_attention_v2"
+    return NAME
+
+
+def widened(call: Call) -> bool:
+    """Whether query, key and value are computed in float32 because half would lose of the bias."""
+    if not call.bias or call.dtype is torch.float32:
+        return False
+    return call.bias_dtype is not call.dtype or operator(call) != "npu_fusion_attention_v2"
+
+
+def _padded(tensor: Tensor, dim: int) -> Tensor:
+    extra = dim - tensor.shape[-1]
+    return F.pad(tensor, (0, extra)) if extra else tensor
+
+
+def launch(
+    call: Call, layout: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None
+) -> Tensor:
+    """The attention of query, key and value given as [B, N, S, D]; the result is too."""
+    name = operator(call)
+    if name == "npu_fusion_attention_v3":
+        # Documented for BNSD where graphs are captured.
+        layout = "BNSD"
+    device, scale, options = query.device, call.scale, {}
+    if widened(call):
+        query, key, value = query.float(), key.float(), value.float()
+    dtype = query.dtype
+    if call.bias:
+        assert mask is not None
+        if name == "npu_fusion_attention_v2":
+            options["pse_type"] = 0
+        else:
+            query, scale = query * scale, 1.0
+        options["pse"] = forms.bias(mask, call, dtype, one_row=True)
+
+    window: dict[str, Any] = {}
+    precise = 0
+    mode = None if call.keep or call.bias else forms.sparse(call)
+    if mode is not None:
+        window["atten_mask"] = forms.compressed(device, call.frozen)
+        window["sparse_mode"] = mode.mode
+        names = ("pre_tokens", "next_tokens")
+        if name != "npu_fusion_attention_v2":
+            names = ("pre_tockens", "next_tockens")
+        window.update(zip(names, (mode.pre, mode.next), strict=True))
+        precise = 2 if call.empties_rows() else 0
+    elif call.masked:
+        window["atten_mask"] = forms.full(mask, call, device)
+        precise = 2
+
+    # Zeros add nothing to a score, and columns of zeros in the value are cut off again. torch_npu
+    # itself keeps float32 away from the kernel unless D is a multiple of 4.
+    dim = max(call.dim, call.value_dim)
+    if dtype is torch.float32 and dim % 4:
+        dim += 4 - dim % 4
+    value_dim = call.value_dim
+    if dim != call.dim:
+        query, key = _padded(query, dim), _padded(key, dim)
+        if value_dim % 4 and dtype is torch.float32:
+            value = _padded(value, dim)
+    elif dtype is torch.float32 and value_dim % 4:
+        value = _padded(value, dim)
+    arguments = [into(tensor, layout) for tensor in (query, key, value)]
+    out: Tensor = getattr(torch.ops.npu, name)(
+        *arguments, call.heads, layout, scale=scale, inner_precise=precise, **options, **window
+    )[0]
+    out = out_of(out, layout, call.heads)
+    if out.shape[-1] != value_dim:
+        out = out[..., :value_dim]
+    return out if out.dtype is call.dtype else out.to(call.dtype)
+
+
+def into(tensor: Tensor, layout: str) -> Tensor:
+    """A [B, N, S, D] tensor in a layout of the kernels; a view where its memory allows."""
+    if layout == "BNSD":
+        return tensor
+    tensor = tensor.transpose(1, 2)
+    return tensor.flatten(2) if layout == "BSH" else tensor
+
+
+def out_of(tensor: Tensor, layout: str, heads: int) -> Tensor:
+    """The opposite of :func:`into`, always a view."""
+    if layout == "BNSD":
+        return tensor
+    if layout == "BSH":
+        tensor = tensor.unflatten(2, (heads, -1))
+    return tensor.transpose(1, 2)

@@ -1,0 +1,69 @@
+"""Writes the pages of docs/ that are generated: docs/patches.md, from the patch records.
+
+python scripts/_docs.py            writes them
+python scripts/_docs.py --check    fails when one is not up to date
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from mindiesd.patches.registry import FAMILIES, records
+
+DOCS = Path(__file__).resolve().parent.parent / "docs"
+
+
+def patches_page() -> str:
+    """What is redirected and why, one section a family, one entry a record."""
+    lines = [
+        "# What is redirected, and why",
+        "",
+        "Generated from the patch records by `python scripts/_docs.py`; do not edit.",
+        "",
+        "`only=` and `skip=` (and `--only`, `--skip`) take the names of patches and of families.",
+        "",
+    ]
+    for family in FAMILIES:
+        lines += [f"## Family `{family}`", ""]
+        for record in (record for record in records() if record.family == family):
+            versions = ", ".join(f"{name} {spec}" for name, spec in record.requires.items())
+            lines += [
+                f"### `{record.name}`",
+                "",
+                f"`{record.target}` → `{record.becomes}`",
+                "",
+                f"- **Why:** {record.why}.",
+                f"- **Which calls:** {record.when}. Every other call goes to the original and is "
+                "counted with its reason.",
+                f"- **Numerics:** {record.numerics}.",
+                f"- **Versions:** {versions}.",
+                "- **Undo:** the original object is put back at the target and at every module "
+                "name, class attribute and default value that held it.",
+                "",
+            ]
+    return "\n".join(lines)
+
+
+PAGES = {"patches.md": patches_page}
+
+
+def main() -> int:
+    """Write the pages, or say which are stale."""
+    stale = []
+    for name, build in PAGES.items():
+        path = DOCS / name
+        text = build()
+        if "--check" in sys.argv[1:]:
+            if not path.exists() or path.read_text(encoding="utf-8") != text:
+                stale.append(name)
+        else:
+            DOCS.mkdir(exist_ok=True)
+            path.write_text(text, encoding="utf-8")
+    if stale:
+        print(f"not up to date: {', '.join(stale)}; run python scripts/_docs.py", file=sys.stderr)
+    return 1 if stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
