@@ -92,6 +92,7 @@ def call_rows() -> list[Row]:
         ):
             site = Site(falling)
             site.everywhere = True
+            site.arm()
             shim = build(nothing, site)
             rows.append(Row(what, added(partial(shim, *args), partial(nothing, *args)), goal, "µs"))
 

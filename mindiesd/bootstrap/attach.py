@@ -8,7 +8,7 @@ import stat
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
@@ -32,12 +32,29 @@ class Attached:
             PatchError: a patch that was asked for by name, or any under ``strict``, does not fit.
         """
         self._me = me
+        settings = Settings.read(me.variables)
+        self.trace: Any = None
+        if settings.emulate:
+            from mindiesd.emulator import prepare
+
+            prepare()
+            # Registered before the patches' own hook: they find the device there.
+            wrapt.register_post_import_hook(lambda _: self._emulate(), "torch")
         # A script that called patch_all before it imported torch has decided.
-        self._migration = current_migration() or patch_all(
-            **Settings.read(me.variables).for_patch_all()
-        )
+        self._migration = current_migration() or patch_all(**settings.for_patch_all())
         self._ticket = _ticket()
         wrapt.register_post_import_hook(lambda _: self.expect_counts(), "torch")
+
+    def _emulate(self) -> None:
+        try:
+            from mindiesd import emulator
+
+            emulator.start()
+            # Until the process ends: the report shows it.
+            self.trace = emulator.Trace()
+            emulator.listen(self.trace)
+        except Exception as error:  # noqa: BLE001 - the user's import must not fail
+            self._me.trouble("the emulated NPU could not be started", error)
 
     def report(self) -> Report:
         """What became of this process's calls."""
@@ -111,6 +128,10 @@ def close(me: Process) -> None:
     if not settings.quiet:
         line = "; ".join(filter(None, [report.summary(), note]))
         me.say(str(report) if settings.report == "1" and report.torch_imported else line)
+        if me.attached is not None and me.attached.trace is not None:
+            text = str(me.attached.trace)
+            whole = settings.report == "1"
+            me.say(f"emulated NPU: {text if whole else text.splitlines()[0]}")
 
 
 def _collect(folder: str) -> tuple[list[Report], int]:

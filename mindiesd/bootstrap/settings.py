@@ -25,6 +25,7 @@ class Settings(NamedTuple):
         strict: whether trouble with a patch ends the program.
         report: ``""`` for one line at the end, ``"1"`` for a table, or the path of a JSON file.
         quiet: whether the report is not printed.
+        emulate: whether processes get an emulated NPU.
     """
 
     only: tuple[str, ...] | None = None
@@ -34,6 +35,7 @@ class Settings(NamedTuple):
     strict: bool = False
     report: str = ""
     quiet: bool = False
+    emulate: bool = False
 
     @classmethod
     def read(cls, environ: Mapping[str, str], given: Mapping[str, str] | None = None) -> Settings:
@@ -65,6 +67,7 @@ class Settings(NamedTuple):
             "strict": "1" if self.strict else "",
             "report": self.report,
             "quiet": "1" if self.quiet else "",
+            "emulate": "1" if self.emulate else "",
         }
         return {PREFIX + name.upper(): text for name, text in texts.items() if text}
 

@@ -77,6 +77,14 @@ def environment(settings: Settings) -> dict[str, str]:
         if name not in ours and not name.startswith("_MINDIESD_")
     }
     env.update(settings.variables())
+    if settings.emulate:
+        from mindiesd.emulator import EmulatorUnavailable
+        from mindiesd.emulator import environment as emulated
+
+        try:
+            env.update(emulated())
+        except EmulatorUnavailable as problem:
+            raise Refused(f"--emulate: {problem}") from problem
     major, minor = sys.version_info[:2]
     env["_MINDIESD_PYTHON"] = f"{major}.{minor}:{os.path.realpath(sys.prefix)}"
     # An empty part of PYTHONPATH would mean the current directory.

@@ -17,7 +17,8 @@ Examples:
   mindiesd-run --skip sdpa torchrun --nproc-per-node 8 script.py
 
 Each option may also be given as a variable: MINDIESD_ONLY, _SKIP, _NUMERICS, _VERIFY, _STRICT,
-_REPORT, _QUIET. Everything from the script on, or from -m or -c on, belongs to the command."""
+_REPORT, _QUIET, _EMULATE. Everything from the script on, or from -m or -c on, belongs to the
+command."""
 
 
 class _Launcher(click.Command):
@@ -57,6 +58,11 @@ _command = _Launcher(
             ["--report"],
             metavar="[=FILE.json]",
             help="At the end, write a table to stderr, or everything to a file.",
+        ),
+        click.Option(
+            ["--emulate"],
+            is_flag=True,
+            help="Give the program an NPU in host memory and count what it launches there.",
         ),
         click.Option(["--quiet"], is_flag=True, help="Write no summary at the end."),
         click.Option(["--list"], is_flag=True, help="Show every patch and exit."),
@@ -98,7 +104,7 @@ def read(
     for name in ("numerics", "verify", "report"):
         if values[name] is not None:
             given[name] = values[name]
-    for name in ("strict", "quiet"):
+    for name in ("strict", "quiet", "emulate"):
         if values[name]:
             given[name] = "1"
     return given, _action(values, help_text), rest

@@ -18,15 +18,26 @@ from typing import TYPE_CHECKING, Any
 from mindiesd.emulator.errors import EmulatorUnavailable
 
 if TYPE_CHECKING:
-    from mindiesd.emulator.device import environment, is_started, start
+    from mindiesd.emulator.device import environment, is_started, prepare, start
+    from mindiesd.emulator.record import add as listen
     from mindiesd.emulator.trace import Trace, trace
 
-__all__ = ["EmulatorUnavailable", "Trace", "environment", "is_started", "start", "trace"]
+__all__ = [
+    "EmulatorUnavailable",
+    "Trace",
+    "environment",
+    "is_started",
+    "listen",
+    "prepare",
+    "start",
+    "trace",
+]
 
 # Public name -> the module that defines it.
 _HOME = {
     "environment": "mindiesd.emulator.device",
     "is_started": "mindiesd.emulator.device",
+    "prepare": "mindiesd.emulator.device",
     "start": "mindiesd.emulator.device",
 }
 
@@ -39,6 +50,9 @@ def __getattr__(name: str) -> Any:
         module = import_module("mindiesd.emulator.trace")
         globals().update(Trace=module.Trace, trace=module.trace)
         return globals()[name]
+    if name == "listen":
+        globals()["listen"] = import_module("mindiesd.emulator.record").add
+        return globals()["listen"]
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -34,8 +34,14 @@ def _variables(home: Path) -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """The environment variables under which a child process can call :func:`start` itself."""
+    """The environment variables under which a child process can call :func:`start` itself.
+
+    Raises:
+        EmulatorUnavailable: as :func:`start`.
+    """
     with _lock:
+        if _home is None:
+            _check_versions()
         return _variables(_home if _home is not None else runtime.build())
 
 
@@ -63,6 +69,22 @@ def _check_versions() -> None:
         )
 
 
+def prepare() -> None:
+    """Load the stand-in runtime, without importing torch; ``start`` does the rest once torch is in.
+
+    For a launcher, which must be ready before the program imports torch.
+
+    Raises:
+        EmulatorUnavailable: as :func:`start`.
+    """
+    global _home
+    with _lock:
+        _check_versions()
+        _home = runtime.build()
+        os.environ.update(_variables(_home))
+        runtime.load(_home)
+
+
 def start(soc: str | None = None) -> None:
     """Give this process one emulated ``npu`` device, once; later calls do nothing.
 
@@ -88,14 +110,23 @@ def start(soc: str | None = None) -> None:
             )
         _check_versions()
         _home = runtime.build()
+        variables = _variables(_home)
         if soc is not None:
-            os.environ["MINDIESD_EMULATOR_SOC"] = soc
-        os.environ.update(_variables(_home))
-        runtime.load(_home)
-        importlib.import_module("torch")
+            variables["MINDIESD_EMULATOR_SOC"] = soc
+        before = {name: os.environ.get(name) for name in variables}
+        os.environ.update(variables)
         try:
+            runtime.load(_home)
+            importlib.import_module("torch")
             importlib.import_module("torch_npu")
         except (ImportError, OSError, RuntimeError) as error:
+            for name, value in before.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+            if isinstance(error, EmulatorUnavailable):
+                raise
             reason = str(error).strip().splitlines()
             raise EmulatorUnavailable(
                 f"torch_npu could not be imported over the stand-in runtime: "

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mindiesd.emulator import aten, npu, ops
+from mindiesd.emulator import aten, copies, npu, ops, quirks
 
 _libraries: list[Any] = []
 
@@ -53,12 +53,13 @@ def register() -> None:
         # torch warns that kernels are overridden, which is what is wanted.
         warnings.simplefilter("ignore")
         library = _library("aten")
-        for name in sorted({*_registered("aten"), *aten.SPECIAL}):
+        special = {**copies.TABLE, **quirks.TABLE}
+        for name in sorted({*_registered("aten"), *special}):
             if name in aten.KEPT or not _exists("aten", name):
                 continue
-            kernel = aten.SPECIAL.get(name) or aten.cpu_kernel(name)
+            kernel = special.get(name) or aten.cpu_kernel(name)
             library.impl(name, kernel, "PrivateUse1", allow_override=True)
-        for name, kernel in aten.ABOVE_AUTOGRAD.items():
+        for name, kernel in quirks.ABOVE_AUTOGRAD.items():
             library.impl(name, kernel, "PrivateUse1", allow_override=True)
             library.impl(name, kernel, "AutogradPrivateUse1", allow_override=True)
         one_hot = aten.cpu_kernel("one_hot")

@@ -9,7 +9,7 @@ import torch
 
 from mindiesd.emulator import record
 from mindiesd.emulator.alias import is_npu
-from mindiesd.emulator.aten import Call, below
+from mindiesd.emulator.call import Call, below
 
 # Operators that read some arguments on the host.
 _HOST_ARGUMENTS = {"npu_fusion_attention_v3": ("actual_seq_qlen", "actual_seq_kvlen")}
@@ -50,11 +50,8 @@ def npu_kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                 for key in _HOST_ARGUMENTS[base]:
                     if is_npu(given.get(key)):
                         raise RuntimeError(f"npu::{name}: {key}: tensor must be on CPU")
-            elif call.host is not None:
-                raise RuntimeError(
-                    "Expected all tensors to be on the same device, but found at least two "
-                    f"devices, npu:0 and cpu! (when calling npu::{name})"
-                )
+            else:
+                call.require_one_device(f"npu::{name}")
             raw = function(*cpu_args, **cpu_kwargs)
             if written:
                 result = args[written[0]]

@@ -46,9 +46,10 @@ from mindiesd.emulator import record
 _SOFTMAX = frozenset({"aten::_softmax", "aten::softmax.int", "aten::_safe_softmax"})
 _PRODUCTS = frozenset({"aten::matmul", "aten::bmm", "aten::mm", "aten::baddbmm"})
 _CASTS = frozenset({"npu::npu_dtype_cast", "npu::_npu_dtype_cast"})
-_HERE = str(Path(__file__).parent)
+# The whole package: a redirected call belongs to the line that made it.
+_HERE = str(Path(__file__).parent.parent) + "/"
 _TORCH = str(Path(torch.__file__).parent)
-_INSIDE = (_HERE, _TORCH + "/", _TORCH + "_npu/", "<frozen ", "<string>", "<eval_with_key>")
+_INSIDE = (_HERE, _TORCH + "/", _TORCH + "_npu/", "<frozen ", "<eval_with_key>")
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

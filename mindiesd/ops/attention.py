@@ -19,7 +19,7 @@ from torch import Tensor
 from mindiesd.errors import ParametersInvalid
 from mindiesd.ops import checks
 from mindiesd.ops.backends import backend_for, native
-from mindiesd.ops.dispatch import Kernel, requested
+from mindiesd.ops.dispatch import MEASURED, Kernel, requested
 from mindiesd.ops.masks import CAUSAL, Band, attention_mask, broadcasts
 
 # Bound here: each lookup through `torch` on the path of every call is measurable.
@@ -66,9 +66,9 @@ def attention_forward(
     Raises:
         ParametersInvalid: an argument is wrong, a keyword is unknown, or a gradient is needed.
     """
-    is_causal, enable_gqa, band, kernel = False, None, None, None
+    is_causal, enable_gqa, band, kernel, measure = False, None, None, None, True
     if kwargs:
-        is_causal, enable_gqa, window_size, kernel = _extras(**kwargs)
+        is_causal, enable_gqa, window_size, kernel, measure = _extras(**kwargs)
     if scale is not None:
         scale = checks.real("scale", scale)
     flag: Any = fused
@@ -94,7 +94,9 @@ def attention_forward(
             sequence = 2 if head_first else 1
             band = Band.window(*window_size, query.shape[sequence], key.shape[sequence])
         if fused:
-            return attend(query, key, value, attn_mask, scale, is_causal, band, head_first, kernel)
+            return attend(
+                query, key, value, attn_mask, scale, is_causal, band, head_first, kernel, measure
+            )
         mask = attention_mask(attn_mask, is_causal, band)
         # Explicitly unfused means exactly this composition, on every device.
         return native.attention_composed(query, key, value, mask, scale, head_first)
@@ -115,6 +117,7 @@ def attend(
     band: Band | None = None,
     head_first: bool = True,
     kernel: Kernel | None = None,
+    measure: bool = False,
 ) -> Tensor:
     """Attention of arguments known to be right, by the backend of the query's device.
 
@@ -128,6 +131,8 @@ def attend(
         band: further limits on the diagonals.
         head_first: whether heads come before the sequence.
         kernel: what a manual call asked for.
+        measure: whether a backend with several kernels may time them; redirected calls do not,
+            so that a script takes the same kernels each time it runs.
 
     Returns:
         Attention in the query's layout and dtype.
@@ -138,6 +143,8 @@ def attend(
         mask = attention_mask(attn_mask, is_causal, band)
     if query.is_cpu or query.is_cuda:
         return native.attention(query, key, value, mask, scale, head_first, kernel)
+    if measure:
+        kernel = MEASURED
     backend = backend_for(query.device.type)
     return backend.attention(query, key, value, mask, scale, head_first, kernel)
 
@@ -228,8 +235,8 @@ def _extras(
     enable_gqa: bool | None = None,
     window_size: tuple[int, int] | None = None,
     **unknown: object,
-) -> tuple[bool, bool | None, tuple[int, int] | None, Kernel | None]:
-    """The keyword-only extras: is_causal, enable_gqa, window_size and the kernel asked for."""
+) -> tuple[bool, bool | None, tuple[int, int] | None, Kernel | None, bool]:
+    """The keyword-only extras: is_causal, enable_gqa, window_size, the kernel, whether to time."""
     if unknown:
         allowed = "opt_mode, op_type, layout, is_causal, enable_gqa, window_size"
         raise ParametersInvalid(next(iter(unknown)), "an unknown keyword argument", allowed)
@@ -240,7 +247,7 @@ def _extras(
         checks.boolean("enable_gqa", enable_gqa)
     if window_size is not None:
         window_size = checks.window("window_size", window_size)
-    return is_causal, enable_gqa, window_size, kernel
+    return is_causal, enable_gqa, window_size, kernel, opt_mode == "runtime"
 
 
 def _check(

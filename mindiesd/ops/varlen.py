@@ -137,7 +137,17 @@ def _starts(name: str, given: object) -> list[int] | Tensor:
     # A plain tensor outside of any trace has values; fake, functional and meta tensors have none.
     if torch.compiler.is_compiling() or type(given) is not Tensor or given.is_meta:
         return given
-    values: list[int] = given.tolist()
+    return _numbers(given)
+
+
+def _numbers(starts: Tensor) -> list[int]:
+    """The values of a tensor; a backend may remember those it had to fetch from its device."""
+    if not starts.is_cpu:
+        fetch = getattr(backend_of(starts), "host_list", None)
+        if fetch is not None:
+            fetched: list[int] = fetch(starts)
+            return fetched
+    values: list[int] = starts.tolist()
     return values
 
 
@@ -200,6 +210,13 @@ def _packed(
         )
         out = _batched(*packed, scale, left, right, softcap, slopes)
         return out.reshape(q.shape[0], heads, v.shape[-1]).contiguous()
+
+    if softcap == 0.0 and slopes is None and not q.is_cpu:
+        kernel = getattr(backend_of(q), "attention_varlen", None)
+        if kernel is not None:
+            whole: Tensor | None = kernel(q, k, v, starts_q, starts_k, scale, left, right)
+            if whole is not None:
+                return whole
 
     parts = []
     for at in range(batch):
@@ -265,7 +282,7 @@ def _opaque(
     alibi_slopes: Tensor | None,
 ) -> Tensor:
     """The same as one operator, for graphs in which the lengths are a tensor."""
-    lengths = (starts_q.tolist(), starts_k.tolist(), max_seqlen_q, max_seqlen_k)
+    lengths = (_numbers(starts_q), _numbers(starts_k), max_seqlen_q, max_seqlen_k)
     return _packed(q, k, v, *lengths, scale, left, right, softcap, alibi_slopes)
 
 

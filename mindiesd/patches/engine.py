@@ -193,6 +193,7 @@ class Engine:
             raise _Skip(f"{patch.target} is inherited, not defined there")
         if patch.parameters is None and isinstance(original, FunctionType):
             raise _Skip(f"{patch.target} was already replaced by {original.__module__}")
+        state.site.arm()
         build = _resolve(patch.build)
         replacement = build(original, state.site)
         try:

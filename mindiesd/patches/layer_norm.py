@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law
 from mindiesd.patches.registry import Patch
-from mindiesd.patches.scope import Site, trace_note
+from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,8 +60,6 @@ def build_torch(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import norm
 
-    note = trace_note(site)
-    tracing = torch.compiler.is_dynamo_compiling
     grad_enabled, jit_tracing, autocast = law.context()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -93,14 +91,8 @@ def build_torch(original: Any, site: Site) -> Callable[..., Any]:
             # A mode or subclass must see F.layer_norm, which the original calls.
             if not has_torch_function_variadic(input, weight, bias):
                 reason = refusal(input, weight, bias)
-                if reason is None:
-                    if tracing():
-                        note(site.scope_key())
-                    else:
-                        site.redirected()
+                if site.takes(reason):
                     return norm.layer_norm(input, self.normalized_shape, weight, bias, self.eps)
-                if not tracing():
-                    site.fell_back(reason)
         kept: Tensor = original(self, input)
         return kept
 
@@ -115,8 +107,6 @@ def build_fp32(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import norm
 
-    note = trace_note(site)
-    tracing = torch.compiler.is_dynamo_compiling
     grad_enabled, jit_tracing, autocast = law.context()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -145,14 +135,8 @@ def build_fp32(original: Any, site: Site) -> Callable[..., Any]:
             weight, bias = self.weight, self.bias
             if not has_torch_function_variadic(inputs, weight, bias):
                 reason = refusal(inputs, weight, bias)
-                if reason is None:
-                    if tracing():
-                        note(site.scope_key())
-                    else:
-                        site.redirected()
+                if site.takes(reason):
                     return norm.layer_norm(inputs, self.normalized_shape, weight, bias, self.eps)
-                if not tracing():
-                    site.fell_back(reason)
         kept: Tensor = original(self, inputs)
         return kept
 

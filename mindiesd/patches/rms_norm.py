@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law
 from mindiesd.patches.registry import Patch
-from mindiesd.patches.scope import Site, trace_note
+from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -59,8 +59,6 @@ def build_functional(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import norm
 
-    note = trace_note(site)
-    tracing = torch.compiler.is_dynamo_compiling
     grad_enabled, jit_tracing, autocast = law.context()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
     default_eps = torch.finfo(torch.float32).eps
@@ -102,14 +100,8 @@ def build_functional(original: Any, site: Site) -> Callable[..., Any]:
             return result
         if site.everywhere or site.in_force():
             reason = refusal(input, normalized_shape, weight)
-            if reason is None:
-                if tracing():
-                    note(site.scope_key())
-                else:
-                    site.redirected()
+            if site.takes(reason):
                 return norm.rms_norm(input, weight, default_eps if eps is None else eps)
-            if not tracing():
-                site.fell_back(reason)
         kept: Tensor = original(input, normalized_shape, weight, eps)
         return kept
 
@@ -123,8 +115,6 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import norm
 
-    note = trace_note(site)
-    tracing = torch.compiler.is_dynamo_compiling
     grad_enabled, jit_tracing, autocast = law.context()
     half = (torch.bfloat16, torch.float16)
     half_or_single = (torch.float32, *half)
@@ -158,11 +148,7 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
         if site.everywhere or site.in_force():
             weight, bias = self.weight, self.bias
             reason = refusal(hidden_states, weight, bias)
-            if reason is None:
-                if tracing():
-                    note(site.scope_key())
-                else:
-                    site.redirected()
+            if site.takes(reason):
                 # The original's result dtype: half weights make it theirs, float32 weights
                 # promote, no weights leave the input's.
                 wanted = hidden_states.dtype
@@ -174,8 +160,6 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
                 if bias is not None:
                     result = result + bias
                 return result.to(wanted)
-            if not tracing():
-                site.fell_back(reason)
         kept: Tensor = original(self, hidden_states)
         return kept
 

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law
 from mindiesd.patches.registry import Patch
-from mindiesd.patches.scope import Site, trace_note
+from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 COMPLEX_TABLE = "complex frequency table"
 TABLE_SHAPE = "table is not [S, D] of this input"
-TABLE_DEVICE = "table on another device"
 LAYOUT = "not a 4-D input with even head_dim, or an unknown sequence_dim or unbind dim"
 
 RECORDS = (
@@ -30,7 +29,7 @@ RECORDS = (
         becomes="mindiesd.rotary_position_embedding",
         build="mindiesd.patches.rope:build",
         why="one npu_rotary_mul kernel instead of reshape, unbind, stack, casts, mul, mul, add",
-        when="4-D input, real cos and sin tables of shape [S, D] on its device, no gradients",
+        when="4-D input, real cos and sin tables of shape [S, D], no gradients",
         numerics="float32 inside and one rounding, as the original",
         requires={"diffusers": ">=0.35,<0.44"},
         parameters=("x", "freqs_cis", "use_real", "use_real_unbind_dim", "sequence_dim"),
@@ -46,8 +45,6 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import rope
 
-    note = trace_note(site)
-    tracing = torch.compiler.is_dynamo_compiling
     grad_enabled, jit_tracing, _ = law.context()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -67,10 +64,6 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
         dtype = cos.dtype
         if x.dtype not in half_or_single or dtype not in half_or_single or sin.dtype is not dtype:
             return law.DTYPE
-        if not (x.is_cpu and cos.is_cpu and sin.is_cpu) and (
-            cos.device != x.device or sin.device != x.device
-        ):
-            return TABLE_DEVICE
         if table != (size[sequence_dim], size[3]) or sin.shape != table:
             return TABLE_SHAPE
         if grad_enabled() and (x.requires_grad or cos.requires_grad or sin.requires_grad):
@@ -86,17 +79,13 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
     ) -> Any:
         if site.everywhere or site.in_force():
             reason = refusal(x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim)
-            if reason is None:
-                if tracing():
-                    note(site.scope_key())
-                else:
-                    site.redirected()
+            if site.takes(reason):
                 cos, sin = freqs_cis
+                if not (x.is_cpu and cos.is_cpu and sin.is_cpu):
+                    cos, sin = cos.to(x.device), sin.to(x.device)
                 if sequence_dim == 1:
                     cos, sin = cos[:, None], sin[:, None]
                 return rope.rotate(x, cos, sin, use_real_unbind_dim == -1)
-            if not tracing():
-                site.fell_back(reason)
         return original(x, freqs_cis, use_real, use_real_unbind_dim, sequence_dim)
 
     return apply_rotary_emb

@@ -13,7 +13,7 @@ import threading
 import weakref
 from collections.abc import Callable
 
-from mindiesd.patches.ledger import Counts, Ledger
+from mindiesd.patches.ledger import Ledger
 
 LOCAL = threading.local()
 """``LOCAL.token`` is the token of the scoped module whose forward this thread is inside of."""
@@ -47,13 +47,31 @@ OPEN: set[Token] = set()
 
 
 class Site:
-    """One installed patch, as its replacement function sees it."""
+    """One installed patch, as its replacement function sees it.
+
+    A replacement asks ``everywhere or in_force()`` whether it may act here and ``takes(reason)``
+    whether to take the call, which also counts the outcome.
+    """
 
     def __init__(self, name: str) -> None:
         """Describe the patch called ``name``, in force nowhere yet."""
         self.name = name
         self.everywhere = False
         self.count_to(Ledger())
+
+    def arm(self) -> None:
+        """Fetch what ``takes`` needs of torch; before that, the site is data only."""
+        import torch
+
+        def note(key: str) -> None:
+            token = _tokens.get(key)
+            (self._own if token is None else token.ledger[self.name]).traced()
+
+        self._tracing = torch.compiler.is_dynamo_compiling
+        # Dynamo runs a function marked as constant for real, once, at trace time, and bakes in its
+        # result; nothing of it is left in the graph. It is given a key: what a traced forward
+        # assigned to LOCAL exists in the trace only, so it could not look there itself.
+        self._note: Callable[[str], None] = torch.compiler.assume_constant_result(note)  # type: ignore[no-untyped-call]
 
     def count_to(self, ledger: Ledger) -> None:
         """Count the calls that are under no token in this ledger from now on."""
@@ -66,40 +84,24 @@ class Site:
         token = getattr(LOCAL, "token", None)
         return token is not None and self.name in token.names
 
-    # The two below run outside compiled graphs only: a counter inside a traced function makes
-    # every call recompile.
+    def takes(self, reason: str | None) -> bool:
+        """Count what becomes of a call, and say whether the replacement takes it.
 
-    def redirected(self) -> None:
-        """Count a call that the replacement took."""
-        self._counts().redirected()
+        Counters stay outside compiled graphs, where each would make every call recompile: a traced
+        call is counted once, while it is traced.
 
-    def fell_back(self, reason: str) -> None:
-        """Count a call that went to the original, and why."""
-        self._counts().fell_back(reason)
-
-    def _counts(self) -> Counts:
-        token = getattr(LOCAL, "token", None) if OPEN else None
-        return self._own if token is None else token.ledger[self.name]
-
-    def scope_key(self) -> str:
-        """The key of the token this call is under; empty where there is none."""
-        token = getattr(LOCAL, "token", None)
-        return "" if token is None else token.key
-
-
-def trace_note(site: Site) -> Callable[[str], None]:
-    """A function for replacements to call while Dynamo traces them: counts once per trace.
-
-    It is given ``site.scope_key()``: what a traced forward assigned to ``LOCAL`` exists in the
-    trace only, so the function cannot look there itself.
-    """
-    import torch
-
-    def note(key: str) -> None:
-        token = _tokens.get(key)
-        (site._own if token is None else token.ledger[site.name]).traced()
-
-    # Dynamo runs a function marked as constant for real, once, at trace time, and bakes in its
-    # result; nothing of it is left in the graph.
-    marked: Callable[[str], None] = torch.compiler.assume_constant_result(note)  # type: ignore[no-untyped-call]
-    return marked
+        Args:
+            reason: why the call goes to the original; ``None`` when it is redirected.
+        """
+        if self._tracing():
+            if reason is None:
+                token = getattr(LOCAL, "token", None)
+                self._note("" if token is None else token.key)
+        else:
+            token = getattr(LOCAL, "token", None) if OPEN else None
+            counts = self._own if token is None else token.ledger[self.name]
+            if reason is None:
+                counts.redirected()
+            else:
+                counts.fell_back(reason)
+        return reason is None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law
 from mindiesd.patches.registry import Patch
-from mindiesd.patches.scope import Site, trace_note
+from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,14 +44,11 @@ RECORDS = (
 
 def build(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``F.scaled_dot_product_attention``."""
-    import torch
     from torch import Tensor
     from torch.overrides import handle_torch_function, has_torch_function_variadic
 
     from mindiesd.ops import attention
 
-    note = trace_note(site)
-    tracing = torch.compiler.is_dynamo_compiling
     grad_enabled, jit_tracing, _ = law.context()
 
     def scaled_dot_product_attention(
@@ -112,14 +109,8 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                     )
                 ):
                     reason = law.GRADIENTS
-            if reason is None:
-                if tracing():
-                    note(site.scope_key())
-                else:
-                    site.redirected()
+            if site.takes(reason):
                 return attention.attend(query, key, value, attn_mask, scale, is_causal)
-            if not tracing():
-                site.fell_back(reason)
         kept: Tensor = original(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

@@ -1,5 +1,7 @@
 """What cannot be run, or could not be patched: one line that says what to do, exit code 2."""
 
+from importlib.util import find_spec
+
 import pytest
 
 
@@ -107,3 +109,8 @@ def test_help_and_version(runner):
     for word in ("--only", "--skip", "--numerics", "--verify", "--strict", "--report", "--quiet"):
         assert word in done.out
     assert runner.launch("--version").out.startswith("mindiesd ")
+
+
+@pytest.mark.skipif(find_spec("torch_npu") is not None, reason="torch_npu is installed here")
+def test_emulate_without_torch_npu(runner):
+    assert "torch_npu" in runner.refused("--emulate", "-c", "print('must not run')")

@@ -14,6 +14,16 @@ pytest.importorskip("transformers")
 
 # Kernels that one forward of each launches, with diffusers 0.42 and torch 2.13.
 LAUNCHES = {
+    "ernie": 119,
+    "krea2": 227,
+    "glm": 109,
+    "joyimage": 172,
+    "kandinsky5": 218,
+    "longcat_audio": 221,
+    "stable_audio3": 303,
+    "hunyuan15": 279,
+    "motif": 194,
+    "transformer2d": 28,
     "dit": 66,
     "pixart": 72,
     "prior": 51,
@@ -60,7 +70,7 @@ LAUNCHES = {
 }
 
 # F.gelu computes the tanh form on the device, up to 4.73e-4 away from the erf one.
-ERF_GELU = {"prior", "temporal", "unet"}
+ERF_GELU = {"ernie", "glm", "kandinsky5", "prior", "temporal", "transformer2d", "unet"}
 
 
 def run(name):

@@ -287,6 +287,31 @@ def test_forms_of_gelu(ops, dtype):
     refuses(ops.npu_geglu, there, -1, 2, match="approximate")
 
 
+GRADIENTS = {
+    "npu_fast_gelu": (lambda op, x: op(x), ACTIVATIONS["npu_fast_gelu"]),
+    "npu_gelu": (lambda op, x: op(x), oracle.gelu),
+    "npu_silu": (lambda op, x: op(x), ACTIVATIONS["npu_silu"]),
+    "npu_mish": (lambda op, x: op(x), ACTIVATIONS["npu_mish"]),
+    "npu_swiglu": (lambda op, x: op(x), ACTIVATIONS["npu_swiglu"]),
+    "npu_geglu": (
+        lambda op, x: op(x)[0],
+        lambda x: x[..., :8] * oracle.gelu_tanh(x[..., 8:]),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_of_activations(ops, name):
+    call, formula = GRADIENTS[name]
+    x, weight = torch.randn(4, 16), torch.randn(4, 16)
+    here, there = x.double().requires_grad_(), x.npu().requires_grad_()
+    expected = formula(here)
+    weight = weight[:, : expected.shape[1]]
+    (expected * weight).sum().backward()
+    (call(getattr(torch.ops.npu, name), there) * weight.npu()).sum().backward()
+    torch.testing.assert_close(there.grad.cpu().double(), here.grad, atol=1e-5, rtol=1e-5)
+
+
 def test_limits_of_activations(ops):
     x = torch.zeros(4, 15, device="npu")
     for name in ("npu_swiglu", "npu_gelu_mul", "npu_geglu"):

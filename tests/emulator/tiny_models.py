@@ -32,10 +32,17 @@ class Tiny:
             import transformers
 
             config = getattr(transformers, self.cls[0])(**self.config)
-            return getattr(transformers, self.cls[1])(config).eval()
-        import diffusers
+            model = getattr(transformers, self.cls[1])(config)
+        else:
+            import diffusers
 
-        return getattr(diffusers, self.cls)(**self.config).eval()
+            model = getattr(diffusers, self.cls)(**self.config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Gates and last layers that start as zero would hide everything behind them.
+                if not parameter.any():
+                    parameter.normal_(0, 0.1)
+        return model.eval()
 
     def make_inputs(self) -> dict[str, Any]:
         torch.manual_seed(1)
@@ -815,6 +822,215 @@ MODELS: dict[str, Tiny] = {
             "t": torch.tensor([0.5]),
             "cap_feats": [randn(8, 16)],
         },
+    ),
+    "ernie": Tiny(
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "num_layers": 1,
+            "ffn_hidden_size": 64,
+            "in_channels": 4,
+            "out_channels": 4,
+            "patch_size": 1,
+            "text_in_dim": 16,
+            "rope_theta": 256,
+            "rope_axes_dim": (8, 4, 4),
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 8, 8),
+            "timestep": torch.tensor([1.0, 2.0]),
+            "text_bth": randn(2, 6, 16),
+            "text_lens": torch.tensor([6, 4]),
+        },
+    ),
+    "krea2": Tiny(
+        "Krea2Transformer2DModel",
+        {
+            "in_channels": 4,
+            "num_layers": 1,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "intermediate_size": 64,
+            "timestep_embed_dim": 32,
+            "text_hidden_dim": 32,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 2,
+            "text_intermediate_size": 64,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (8, 4, 4),
+        },
+        lambda: {
+            "hidden_states": randn(1, 16, 4),
+            "encoder_hidden_states": randn(1, 6, 2, 32),
+            "timestep": torch.tensor([0.5]),
+            "position_ids": torch.zeros(22, 3),
+        },
+    ),
+    "glm": Tiny(
+        "GlmImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "attention_head_dim": 8,
+            "num_attention_heads": 2,
+            "text_embed_dim": 16,
+            "time_embed_dim": 16,
+            "condition_dim": 8,
+            "prior_vq_quantizer_codebook_size": 32,
+        },
+        lambda: {
+            "hidden_states": randn(2, 4, 8, 8),
+            "encoder_hidden_states": randn(2, 6, 16),
+            "prior_token_id": torch.randint(0, 32, (2, 16)),
+            "prior_token_drop": torch.zeros(2, 16, dtype=torch.bool),
+            "timestep": torch.tensor([1.0, 2.0]),
+            "target_size": torch.tensor([[8.0, 8.0]] * 2),
+            "crop_coords": torch.tensor([[0.0, 0.0]] * 2),
+        },
+    ),
+    "joyimage": Tiny(
+        "JoyImageEditTransformer3DModel",
+        {
+            "patch_size": [1, 2, 2],
+            "in_channels": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "text_dim": 16,
+            "mlp_width_ratio": 2.0,
+            "num_layers": 2,
+            "rope_dim_list": [4, 6, 6],
+        },
+        lambda: {
+            "hidden_states": randn(1, 4, 1, 8, 8),
+            "timestep": torch.tensor([1.0]),
+            "encoder_hidden_states": randn(1, 6, 16),
+        },
+    ),
+    "kandinsky5": Tiny(
+        "Kandinsky5Transformer3DModel",
+        {
+            "in_visual_dim": 4,
+            "in_text_dim": 16,
+            "in_text_dim2": 8,
+            "time_dim": 16,
+            "out_visual_dim": 4,
+            "patch_size": (1, 2, 2),
+            "model_dim": 32,
+            "ff_dim": 64,
+            "num_text_blocks": 1,
+            "num_visual_blocks": 2,
+            "axes_dims": (4, 6, 6),
+        },
+        lambda: {
+            "hidden_states": randn(1, 2, 8, 8, 4),
+            "encoder_hidden_states": randn(1, 6, 16),
+            "timestep": torch.tensor([1.0]),
+            "pooled_projections": randn(1, 8),
+            "visual_rope_pos": [torch.arange(2), torch.arange(4), torch.arange(4)],
+            "text_rope_pos": torch.arange(6),
+        },
+    ),
+    "longcat_audio": Tiny(
+        "LongCatAudioDiTTransformer",
+        {"dit_dim": 32, "dit_depth": 2, "dit_heads": 2, "dit_text_dim": 16, "latent_dim": 8},
+        lambda: {
+            "hidden_states": randn(1, 10, 8),
+            "encoder_hidden_states": randn(1, 6, 16),
+            "encoder_attention_mask": torch.ones(1, 6, dtype=torch.bool),
+            "timestep": torch.tensor([0.5]),
+            "latent_cond": randn(1, 10, 8),
+        },
+    ),
+    "stable_audio3": Tiny(
+        "StableAudio3DiTModel",
+        {
+            "io_channels": 8,
+            "embed_dim": 32,
+            "depth": 2,
+            "num_heads": 2,
+            "cond_token_dim": 16,
+            "global_cond_dim": 16,
+            "local_add_cond_dim": 9,
+            "timestep_features_dim": 16,
+            "num_memory_tokens": 4,
+        },
+        lambda: {
+            "hidden_states": randn(1, 8, 10),
+            "timestep": torch.tensor([0.5]),
+            "encoder_hidden_states": randn(1, 6, 16),
+            "global_hidden_states": randn(1, 16),
+            "local_add_cond": randn(1, 9, 10),
+        },
+    ),
+    "hunyuan15": Tiny(
+        "HunyuanVideo15Transformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "num_refiner_layers": 1,
+            "mlp_ratio": 2.0,
+            "patch_size": 1,
+            "patch_size_t": 1,
+            "text_embed_dim": 16,
+            "text_embed_2_dim": 8,
+            "image_embed_dim": 12,
+            "rope_axes_dim": (2, 2, 4),
+            "target_size": 16,
+            "task_type": "t2v",
+        },
+        lambda: {
+            "hidden_states": randn(1, 4, 1, 8, 8),
+            "timestep": torch.tensor([5.0]),
+            "encoder_hidden_states": randn(1, 6, 16),
+            "encoder_attention_mask": torch.ones(1, 6),
+            "encoder_hidden_states_2": randn(1, 4, 8),
+            "encoder_attention_mask_2": torch.ones(1, 4),
+            "image_embeds": torch.zeros(1, 3, 12),
+        },
+    ),
+    "motif": Tiny(
+        "MotifVideoTransformer3DModel",
+        {
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_decoder_layers": 1,
+            "mlp_ratio": 2.0,
+            "patch_size": 2,
+            "patch_size_t": 1,
+            "text_embed_dim": 16,
+            "rope_axes_dim": (4, 6, 6),
+        },
+        lambda: {
+            "hidden_states": randn(1, 4, 1, 8, 8),
+            "timestep": torch.tensor([5]),
+            "encoder_hidden_states": randn(1, 6, 16),
+            "encoder_attention_mask": torch.ones(1, 6),
+        },
+    ),
+    "transformer2d": Tiny(
+        "Transformer2DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 32,
+            "num_layers": 1,
+            "cross_attention_dim": 16,
+            "norm_num_groups": 8,
+        },
+        lambda: {"hidden_states": randn(1, 32, 8, 8), "encoder_hidden_states": randn(1, 6, 16)},
     ),
     "unet": Tiny(
         "UNet2DConditionModel",

@@ -197,7 +197,6 @@ def test_rope_calls_that_stay_with_the_original() -> None:
         ((x, (table[:1], table[:1])), {}, rope.TABLE_SHAPE),
         ((x, (table.double(), table.double())), {}, law.DTYPE),
         ((x.clone().requires_grad_(), (table, table)), {}, law.GRADIENTS),
-        ((x, (table.to("meta"), table)), {}, rope.TABLE_DEVICE),
         ((x, table), {}, law.UNUSUAL_ARGUMENT),
     ]
     for args, kwargs, reason in calls:

@@ -125,6 +125,45 @@ def npu_mish(input: Tensor) -> Tensor:
     return F.mish(input.float()).to(input.dtype)
 
 
+def npu_gelu_backward(grad_output: Tensor, input: Tensor, *, approximate: str = "none") -> Tensor:
+    """Gradient of :func:`npu_gelu`."""
+    computed: Tensor = torch.ops.aten.gelu_backward.default(
+        grad_output.float(), input.float(), approximate=approximate
+    )
+    return computed.to(input.dtype)
+
+
+def npu_silu_backward(grad_output: Tensor, x0: Tensor, x1: Tensor) -> Tensor:
+    """Gradient of :func:`npu_silu` at ``x0``, whose result was ``x1``."""
+    computed: Tensor = torch.ops.aten.silu_backward.default(grad_output.float(), x0.float())
+    return computed.to(x0.dtype)
+
+
+def npu_mish_backward(grad: Tensor, input: Tensor) -> Tensor:
+    """Gradient of :func:`npu_mish`."""
+    computed: Tensor = torch.ops.aten.mish_backward.default(grad.float(), input.float())
+    return computed.to(input.dtype)
+
+
+def npu_geglu_grad(
+    grad_output: Tensor,
+    input: Tensor,
+    gelu: Tensor,
+    dim: int = -1,
+    approximate: int = 1,
+    activate_left: bool = False,
+) -> Tensor:
+    """Gradient of :func:`npu_geglu`."""
+    halves = input.float().chunk(2, dim)
+    linear, active = halves if not activate_left else (halves[1], halves[0])
+    form = "tanh" if approximate else "none"
+    grad = grad_output.float()
+    d_linear = grad * F.gelu(active, approximate=form)
+    d_active: Tensor = torch.ops.aten.gelu_backward.default(grad * linear, active, approximate=form)
+    parts = [d_active, d_linear] if activate_left else [d_linear, d_active]
+    return torch.cat(parts, dim).to(input.dtype)
+
+
 def npu_scaled_masked_softmax(
     x: Tensor, mask: Tensor, scale: float = 1, fixed_triu_mask: bool = False
 ) -> Tensor:
@@ -163,11 +202,15 @@ TABLE: Table = {
     "npu_fast_gelu_backward": npu_fast_gelu_backward,
     "npu_gelu": npu_gelu,
     "npu_gelu_mul": npu_gelu_mul,
+    "npu_gelu_backward": npu_gelu_backward,
     "npu_geglu": npu_geglu,
+    "npu_geglu_grad": npu_geglu_grad,
     "npu_swiglu": npu_swiglu,
     "npu_swiglu_backward": npu_swiglu_backward,
     "npu_silu": npu_silu,
     "npu_silu_": npu_silu_,
+    "npu_silu_backward": npu_silu_backward,
     "npu_mish": npu_mish,
+    "npu_mish_backward": npu_mish_backward,
     "npu_scaled_masked_softmax": npu_scaled_masked_softmax,
 }

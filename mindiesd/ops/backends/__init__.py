@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from mindiesd.ops.backends import native
@@ -18,7 +19,7 @@ from mindiesd.ops.dispatch import Kernel
 from mindiesd.ops.masks import AttentionMask
 
 # Device type -> the module that computes on it. Any other device is served by ATen.
-MODULES: dict[str, str] = {}
+MODULES: dict[str, str] = {"npu": "mindiesd.ops.backends.npu"}
 
 _loaded: dict[str, Backend] = {}
 
@@ -86,6 +87,11 @@ def backend_for(device_type: str) -> Backend:
     backend = _loaded.get(device_type)
     if backend is None:
         name = MODULES.get(device_type)
+        if device_type == "npu" and torch.compiler.is_compiling():
+            # Tracers follow the statement, not the function.
+            from mindiesd.ops.backends import npu
+
+            return cast(Backend, npu)
         backend = cast(Backend, native if name is None else import_module(name))
         _loaded[device_type] = backend
     return backend

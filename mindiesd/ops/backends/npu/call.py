@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ class Call(NamedTuple):
         dim: D of query and key.
         value_dim: D of value.
         scale: factor on the scores.
+        head_first: whether query, key and value are given as [B, N, S, D], not [B, S, N, D].
         layout: BNSD or BSND, the one in which fewer bytes have to be copied.
         dense: whether query, key and value are contiguous in that layout.
         keep: how far the bool mask varies; empty if there is none.
@@ -51,6 +51,7 @@ class Call(NamedTuple):
     dim: int
     value_dim: int
     scale: float
+    head_first: bool
     layout: str
     dense: bool
     keep: str
@@ -94,7 +95,7 @@ def frozen(tensor: Tensor) -> bool:
 
 def _capturing() -> bool:
     try:
-        return bool(torch.npu.is_current_stream_capturing())
+        return bool(torch.npu.is_current_stream_capturing())  # type: ignore[attr-defined]
     except (AttributeError, RuntimeError):
         return False
 
@@ -106,20 +107,33 @@ def _varies(shape: torch.Size) -> str:
     return BATCH if len(shape) == 4 and shape[0] != 1 else SHARED
 
 
+def _turned(tensor: Tensor) -> bool:
+    """Whether ``tensor.transpose(1, 2)`` is contiguous; asking it costs several times as much."""
+    first, second, third, fourth = tensor.shape
+    strides = tensor.stride()
+    return (
+        (strides[3] == 1 or fourth == 1)
+        and (strides[1] == fourth or second == 1)
+        and (strides[2] == second * fourth or third == 1)
+        and (strides[0] == second * third * fourth or first == 1)
+    )
+
+
 def _layout(query: Tensor, key: Tensor, value: Tensor, head_first: bool) -> tuple[str, bool]:
-    """The layout of least copying, for tensors given as [B, N, S, D]."""
-    heads_in = [tensor.is_contiguous() for tensor in (query, key, value)]
-    if all(heads_in):
-        return "BNSD", True
-    heads_out = [tensor.transpose(1, 2).is_contiguous() for tensor in (query, key, value)]
-    if all(heads_out):
-        return "BSND", True
-    sizes = [tensor.numel() for tensor in (query, key, value)]
-    copied_in = sum(size for size, dense in zip(sizes, heads_in, strict=True) if not dense)
-    copied_out = sum(size for size, dense in zip(sizes, heads_out, strict=True) if not dense)
-    if copied_in == copied_out:
-        return ("BNSD" if head_first else "BSND"), False
-    return ("BNSD" if copied_in < copied_out else "BSND"), False
+    """The layout of least copying, and whether nothing is copied at all."""
+    same, other = ("BNSD", "BSND") if head_first else ("BSND", "BNSD")
+    as_is = (query.is_contiguous(), key.is_contiguous(), value.is_contiguous())
+    if as_is == (True, True, True):
+        return same, True
+    turned = (_turned(query), _turned(key), _turned(value))
+    if turned == (True, True, True):
+        return other, True
+    sizes = (query.numel(), key.numel(), value.numel())
+    copied = [
+        sum(size for size, dense in zip(sizes, which, strict=True) if not dense)
+        for which in (as_is, turned)
+    ]
+    return (other if copied[1] < copied[0] else same), False
 
 
 def describe(
@@ -131,19 +145,21 @@ def describe(
     head_first: bool,
     series: str | None = None,
 ) -> Call:
-    """The call of query, key and value given as [B, N, S, D].
+    """The facts of a call.
 
     Args:
-        query: [B, N, Sq, D].
-        key: [B, Nkv, Skv, D].
-        value: [B, Nkv, Skv, Dv].
+        query: [B, N, Sq, D], or [B, Sq, N, D] unless ``head_first``.
+        key: [B, Nkv, Skv, D] likewise.
+        value: [B, Nkv, Skv, Dv] likewise.
         mask: what is masked, or None.
         scale: factor on the scores; None is D ** -0.5.
-        head_first: how the caller's tensors were laid out; decides where nothing else does.
+        head_first: whether heads come before the sequence.
         series: of the device; None asks it.
     """
     batch, heads, queries, dim = query.shape
-    kv_heads, keys = key.shape[1], key.shape[2]
+    _, kv_heads, keys, _ = key.shape
+    if not head_first:
+        heads, queries, kv_heads, keys = queries, heads, keys, kv_heads
     keep = bias = ""
     bias_dtype, bias_rows, band = None, False, None
     if mask is not None:
@@ -170,6 +186,7 @@ def describe(
         dim,
         value.shape[-1],
         scale if scale is not None else dim**-0.5 if dim else 1.0,
+        head_first,
         layout,
         dense,
         keep,
@@ -183,4 +200,4 @@ def describe(
 
 def within_float32(scale: float) -> bool:
     """Whether float32 kernels can be given this factor."""
-    return math.isfinite(scale) and abs(scale) <= 3e38
+    return -3e38 <= scale <= 3e38

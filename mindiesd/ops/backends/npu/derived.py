@@ -167,7 +167,7 @@ def constant(frozen: bool, key: Hashable, build: Callable[[], Tensor]) -> Tensor
             with torch.inference_mode(False), torch.no_grad():
                 found = build()
             # From now on every stream may read it.
-            torch.npu.current_stream(found.device).synchronize()
+            torch.npu.current_stream(found.device).synchronize()  # type: ignore[attr-defined]
             if len(_constants) >= CONSTANTS:
                 # Oldest first. Kernels already queued keep memory through their own references.
                 _constants.pop(next(iter(_constants)))

@@ -20,6 +20,9 @@ from mindiesd.ops.masks import AttentionMask, Band
 SIDE = 2048
 INT_MAX = 2147483647
 
+# Far below any score, and far above the number that kernels mask with.
+_LOWEST = 1e30
+
 LEFT_UP_CAUSAL, RIGHT_DOWN_CAUSAL, BAND = 2, 3, 4
 
 
@@ -155,22 +158,32 @@ def opened(
 
 
 def bias(mask: AttentionMask, call: Call, dtype: torch.dtype, one_row: bool) -> Tensor:
-    """The additive mask with 0 for -inf: [1|B, N, Sq, Skv], or [B, N, 1, Skv] if ``one_row`` may be.
+    """The additive mask, finite: [1|B, N, Sq, Skv], or, if ``one_row``, [B, N, 1, Skv].
 
-    Every finite number stays: it is arithmetic, not a mask.
+    Masked-out scores get 0. Every other number stays, being arithmetic and not a mask, except that
+    a row whose largest number is near float32's lowest is raised as a whole, to which softmax is
+    indifferent: kernels mask with such a number, and the row could not be told from what is masked.
     """
     given = mask.bias
     assert given is not None
-    row = one_row and not call.bias_rows
+    row = one_row and not (call.bias_rows or call.keep or call.band)
 
     def build() -> Tensor:
-        four = _four(given)
-        finite = four.masked_fill(four == -math.inf, 0.0).to(dtype)
-        batch = call.batch if row or four.shape[0] != 1 else 1
+        four, out = _four(given), _masked_out(mask, call)
+        wide = four.float() if torch.finfo(dtype).min < -_LOWEST else four
+        numbers = wide.masked_fill(out, -math.inf)
+        if wide.dtype is torch.float32:
+            top = numbers.amax(-1, keepdim=True)
+            # In two steps: the sum of the two numbers would lose the second.
+            low = (top < -_LOWEST) & (top != -math.inf)
+            numbers = torch.where(low, (numbers - top) - _LOWEST, numbers)
+        finite = numbers.masked_fill(out, 0.0).to(dtype)
+        batch = call.batch if row or four.shape[0] != 1 or call.keep in (BATCH, HEADS) else 1
         rows = 1 if row else call.queries
         return finite.expand(batch, call.heads, rows, call.keys).contiguous()
 
-    return derived(call.frozen, given, ("bias", _key(call), dtype, row), build)
+    frozen = call.frozen or not _kept(mask)
+    return derived(frozen, given, ("bias", _key(call), dtype, row), build)
 
 
 def _key(call: Call) -> tuple[object, ...]:

@@ -63,20 +63,16 @@ def widened(call: Call) -> bool:
     return call.bias_dtype is not call.dtype or operator(call) != "npu_fusion_attention_v2"
 
 
-def _padded(tensor: Tensor, dim: int) -> Tensor:
-    extra = dim - tensor.shape[-1]
-    return F.pad(tensor, (0, extra)) if extra else tensor
-
-
 def launch(
     call: Call, layout: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None
 ) -> Tensor:
-    """The attention of query, key and value given as [B, N, S, D]; the result is too."""
+    """The attention of query, key and value, in the order that the call says; so is the result."""
     name = operator(call)
     if name == "npu_fusion_attention_v3":
         # Documented for BNSD where graphs are captured.
         layout = "BNSD"
-    device, scale, options = query.device, call.scale, {}
+    device, scale = query.device, call.scale
+    options: dict[str, Any] = {}
     if widened(call):
         query, key, value = query.float(), key.float(), value.float()
     dtype = query.dtype
@@ -88,55 +84,56 @@ def launch(
             query, scale = query * scale, 1.0
         options["pse"] = forms.bias(mask, call, dtype, one_row=True)
 
-    window: dict[str, Any] = {}
     precise = 0
     mode = None if call.keep or call.bias else forms.sparse(call)
     if mode is not None:
-        window["atten_mask"] = forms.compressed(device, call.frozen)
-        window["sparse_mode"] = mode.mode
+        options["atten_mask"] = forms.compressed(device, call.frozen)
+        options["sparse_mode"] = mode.mode
         names = ("pre_tokens", "next_tokens")
         if name != "npu_fusion_attention_v2":
             names = ("pre_tockens", "next_tockens")
-        window.update(zip(names, (mode.pre, mode.next), strict=True))
+        options.update(zip(names, (mode.pre, mode.next), strict=True))
         precise = 2 if call.empties_rows() else 0
     elif call.masked:
-        window["atten_mask"] = forms.full(mask, call, device)
+        options["atten_mask"] = forms.full(mask, call, device)
         precise = 2
 
-    # Zeros add nothing to a score, and columns of zeros in the value are cut off again. torch_npu
-    # itself keeps float32 away from the kernel unless D is a multiple of 4.
-    dim = max(call.dim, call.value_dim)
-    if dtype is torch.float32 and dim % 4:
-        dim += 4 - dim % 4
-    value_dim = call.value_dim
-    if dim != call.dim:
-        query, key = _padded(query, dim), _padded(key, dim)
-        if value_dim % 4 and dtype is torch.float32:
-            value = _padded(value, dim)
-    elif dtype is torch.float32 and value_dim % 4:
-        value = _padded(value, dim)
-    arguments = [into(tensor, layout) for tensor in (query, key, value)]
+    dim = value_dim = call.value_dim
+    if dtype is torch.float32:
+        # torch_npu itself keeps float32 away from the kernel unless D is a multiple of 4.
+        dim = max(call.dim, call.value_dim)
+        dim += -dim % 4
+        value_dim += -value_dim % 4
+    dim = max(call.dim, dim)
+    arguments = (
+        into(query, call, layout, dim),
+        into(key, call, layout, dim),
+        into(value, call, layout, value_dim),
+    )
     out: Tensor = getattr(torch.ops.npu, name)(
-        *arguments, call.heads, layout, scale=scale, inner_precise=precise, **options, **window
+        *arguments, call.heads, layout, scale=scale, inner_precise=precise, **options
     )[0]
-    out = out_of(out, layout, call.heads)
-    if out.shape[-1] != value_dim:
-        out = out[..., :value_dim]
+    out = out_of(out, call, layout)
+    if value_dim != call.value_dim:
+        out = out[..., : call.value_dim]
     return out if out.dtype is call.dtype else out.to(call.dtype)
 
 
-def into(tensor: Tensor, layout: str) -> Tensor:
-    """A [B, N, S, D] tensor in a layout of the kernels; a view where its memory allows."""
-    if layout == "BNSD":
-        return tensor
-    tensor = tensor.transpose(1, 2)
+def into(tensor: Tensor, call: Call, layout: str, dim: int) -> Tensor:
+    """A tensor of the call in a layout of the kernels, with zeros up to ``dim``; a view if it can.
+
+    Zeros add nothing to a score, and what they add to the output is cut off again.
+    """
+    if call.head_first != (layout == "BNSD"):
+        tensor = tensor.transpose(1, 2)
+    extra = dim - tensor.shape[-1]
+    if extra:
+        tensor = F.pad(tensor, (0, extra))
     return tensor.flatten(2) if layout == "BSH" else tensor
 
 
-def out_of(tensor: Tensor, layout: str, heads: int) -> Tensor:
+def out_of(tensor: Tensor, call: Call, layout: str) -> Tensor:
     """The opposite of :func:`into`, always a view."""
-    if layout == "BNSD":
-        return tensor
     if layout == "BSH":
-        tensor = tensor.unflatten(2, (heads, -1))
-    return tensor.transpose(1, 2)
+        tensor = tensor.view(*tensor.shape[:2], call.heads, tensor.shape[2] // call.heads)
+    return tensor if call.head_first == (layout == "BNSD") else tensor.transpose(1, 2)

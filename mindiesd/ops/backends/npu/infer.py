@@ -12,7 +12,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mindiesd.ops.backends.npu import forms, soc
@@ -44,10 +43,8 @@ def refusal(call: Call) -> str | None:
         return "scale is no float32 number"
     if call.masked and call.queries == 1:
         return "a mask with one query row"
-    if HEADS in (call.keep, call.bias) and call.heads > 1 and call.keep == HEADS:
+    if HEADS in (call.keep, call.bias) and call.heads > 1:
         return "a mask for each head"
-    if call.bias == HEADS and call.heads > 1:
-        return "-inf for each head"
     if call.bias and call.bias_dtype is not call.dtype:
         return "a bias of another dtype"
     return None
@@ -56,7 +53,7 @@ def refusal(call: Call) -> str | None:
 def launch(
     call: Call, layout: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None
 ) -> Tensor:
-    """The attention of query, key and value given as [B, N, S, D]; the result is too."""
+    """The attention of query, key and value, in the order that the call says; so is the result."""
     options: dict[str, Any] = {}
     precise = 0
     mode = None if call.keep or call.bias else forms.sparse(call)
@@ -72,12 +69,7 @@ def launch(
         options["pse_shift"] = forms.bias(mask, call, call.dtype, one_row=False)
     dim = max(call.dim, call.value_dim)
     dim += -dim % 16
-    tensors = []
-    for tensor in (query, key, value):
-        extra = dim - tensor.shape[-1]
-        if extra:
-            tensor = F.pad(tensor, (0, extra))
-        tensors.append(into(tensor, layout).contiguous())
+    tensors = [into(tensor, call, layout, dim).contiguous() for tensor in (query, key, value)]
     out: Tensor = torch.ops.npu.npu_fused_infer_attention_score(
         *tensors,
         num_heads=call.heads,
@@ -87,5 +79,5 @@ def launch(
         inner_precise=precise,
         **options,
     )[0]
-    out = out_of(out, layout, call.heads)
+    out = out_of(out, call, layout)
     return out if dim == call.value_dim else out[..., : call.value_dim]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from mindiesd.ops.backends.npu import soc, vendor
 from mindiesd.ops.backends.npu.call import Call, within_float32
-from mindiesd.ops.backends.npu.fusion import into
 from mindiesd.ops.backends.npu.forms import INT_MAX
+from mindiesd.ops.backends.npu.fusion import into
 from mindiesd.ops.masks import AttentionMask
 
 NAME = "mindiesd::la"
@@ -51,12 +51,9 @@ def refusal(call: Call) -> str | None:
 def launch(
     call: Call, layout: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None
 ) -> Tensor:
-    """The attention of query, key and value given as [B, N, S, D]; the result is too."""
-    rows = -call.queries % 256
-    query = F.pad(query, (0, 128 - call.dim, 0, rows))
-    key = F.pad(key, (0, 128 - call.dim))
-    value = F.pad(value, (0, 128 - call.value_dim))
-    tensors = [into(tensor, layout).contiguous() for tensor in (query, key, value)]
+    """The attention of query, key and value, in the order that the call says; so is the result."""
+    tensors = [into(tensor, call, layout, 128).contiguous() for tensor in (query, key, value)]
+    tensors[0] = F.pad(tensors[0], (0, 0, 0, -call.queries % 256))
     results = vendor.operator("la")(  # type: ignore[misc]
         *tensors,
         scale_value=call.scale,
@@ -70,5 +67,5 @@ def launch(
     for out in results:
         if out.shape == tensors[0].shape:
             cut: Tensor = out[:, :, : call.queries, : call.value_dim].to(call.dtype)
-            return cut
+            return cut if call.head_first else cut.transpose(1, 2)
     raise RuntimeError(f"{NAME} returned shapes {[tuple(out.shape) for out in results]}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mindiesd.ops.backends.npu import forms, soc
@@ -63,7 +62,7 @@ def layout_of(call: Call, layout: str) -> str:
 def launch(
     call: Call, layout: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None
 ) -> Tensor:
-    """The attention of query, key and value given as [B, N, S, D]; the result is too."""
+    """The attention of query, key and value, in the order that the call says; so is the result."""
     small = call.series == soc.I310P
     options: dict[str, Any] = {"next_tokens": forms.INT_MAX, "sparse_mode": 0}
     empty: Tensor | None = None
@@ -79,15 +78,11 @@ def launch(
         options["sparse_mode"] += HIGH_PRECISION
     kv_heads = call.kv_heads
     if small and kv_heads != call.heads:
-        key, value = (t.repeat_interleave(call.heads // kv_heads, 1) for t in (key, value))
+        axis = 1 if call.head_first else 2
+        key, value = (t.repeat_interleave(call.heads // kv_heads, axis) for t in (key, value))
         kv_heads = call.heads
     dim = max(call.dim, call.value_dim)
-    tensors = []
-    for tensor in (query, key, value):
-        extra = dim - tensor.shape[-1]
-        if extra:
-            tensor = F.pad(tensor, (0, extra))
-        tensors.append(into(tensor, layout).contiguous())
+    tensors = [into(tensor, call, layout, dim).contiguous() for tensor in (query, key, value)]
     out: Tensor = torch.ops.npu.npu_prompt_flash_attention(
         *tensors,
         num_heads=call.heads,
@@ -96,7 +91,9 @@ def launch(
         input_layout=layout,
         **options,
     )
-    out = out_of(out, layout, call.heads)
+    out = out_of(out, call, layout)
     if dim != call.value_dim:
         out = out[..., : call.value_dim]
-    return out if empty is None else out.masked_fill(empty, 0.0)
+    if empty is None:
+        return out
+    return out.masked_fill(empty if call.head_first else empty.transpose(1, 2), 0.0)

@@ -39,7 +39,7 @@ def load() -> str | None:
     with _lock:
         if _loaded != named:
             try:
-                torch.ops.load_library(named)
+                torch.ops.load_library(named)  # type: ignore[no-untyped-call]
             except (OSError, RuntimeError) as error:
                 lines = str(error).strip().splitlines() or [type(error).__name__]
                 raise ParametersInvalid(shown, f"{named} ({lines[0]})", allowed) from error

@@ -1,0 +1,160 @@
+"""RMS norm and layer norms on an Ascend NPU.
+
+``npu_rms_norm`` limits: 2 to 8 dimensions; (x, gamma) of one dtype out of float16, bfloat16 and
+float32, or half with float32 (not on the 310P, which also has no bfloat16 and needs 32 bytes in the
+last dimension). It computes in float32 and rounds once. ATen's RMS norm has no kernel there and
+decomposes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mindiesd.ops.backends import native
+from mindiesd.ops.backends.npu import soc, vendor
+from mindiesd.ops.backends.npu.call import frozen
+from mindiesd.ops.backends.npu.derived import constant
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _ones(x: Tensor) -> Tensor:
+    """The gamma of a norm without a weight."""
+    size, dtype, device = x.shape[-1], x.dtype, x.device
+
+    def build() -> Tensor:
+        return torch.ones(size, dtype=dtype, device=device)
+
+    return constant(frozen(x), ("ones", size, dtype, device), build)
+
+
+def rms_norm_refusal(x: Tensor, series: str) -> str | None:
+    """Why ``npu_rms_norm`` is not for this input; None if it is."""
+    if series == soc.UNKNOWN:
+        return "no table for this series of Ascend"
+    if x.dtype not in (*_HALF, torch.float32):
+        return "dtype is not float16, bfloat16 or float32"
+    if not 1 <= x.dim() <= 8 or x.numel() == 0:
+        return "not 1 to 8 dimensions, or empty"
+    if series == soc.I310P:
+        if x.dtype is torch.bfloat16:
+            return "bfloat16 on the 310P"
+        if x.shape[-1] * x.element_size() < 32:
+            return "last dimension below 32 bytes on the 310P"
+    return None
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, rounded once, in x's dtype.
+
+    Args:
+        x: [..., H], any floating dtype.
+        weight: [H], any floating dtype, or None for ones.
+        eps: added to the mean square.
+    """
+    series = soc.series()
+    if rms_norm_refusal(x, series) is not None or (
+        weight is not None and weight.dtype is torch.float64
+    ):
+        wide = torch.float64 if torch.float64 in (x.dtype, getattr(weight, "dtype", None)) else None
+        # ATen decomposes the norm on this device, and would round half precision on the way.
+        full = x.to(wide or torch.float32)
+        gain = None if weight is None else weight.to(full.dtype)
+        return torch.rms_norm(full, (x.shape[-1],), gain, eps).to(x.dtype)
+    given = x[None] if x.dim() == 1 else x
+    gamma = _ones(x) if weight is None else weight
+    if gamma.dtype is not x.dtype and gamma.dtype is not torch.float32:
+        gamma = gamma.float()
+    if gamma.dtype is not x.dtype and (series == soc.I310P or x.dtype not in _HALF):
+        given = given.float()
+    out: Tensor = torch.ops.npu.npu_rms_norm(given, gamma, eps)[0]
+    if out.dtype is not x.dtype:
+        out = out.to(x.dtype)
+    return out[0] if x.dim() == 1 else out
+
+
+def layer_norm(
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps) * weight + bias``, rounded once, in x's dtype.
+
+    The vendor's kernel, where its library is loaded and every tensor has one dtype; else ATen's,
+    which has one of the device.
+
+    Args:
+        x: [..., *normalized_shape], any floating dtype.
+        normalized_shape: the trailing dimensions that are normalised together.
+        weight: of ``normalized_shape``, any floating dtype, or None for ones.
+        bias: of ``normalized_shape``, any floating dtype, or None for zeros.
+        eps: added to the variance.
+    """
+    if (
+        x.dtype in (*_HALF, torch.float32)
+        and weight is not None
+        and weight.dtype is x.dtype
+        and bias is not None
+        and bias.dtype is x.dtype
+        and x.numel()
+        and not frozen(x)
+    ):
+        kernel = vendor.operator("layernorm")
+        if kernel is not None:
+            # Mode 0: high precision.
+            out: Tensor = kernel(x, list(normalized_shape), weight, bias, eps, 0)[0]
+            return out
+    return native.layer_norm(x, normalized_shape, weight, bias, eps)
+
+
+def layer_norm_scale_shift(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor,
+    shift: Tensor,
+) -> Tensor:
+    """``layer_norm(x) * (1 + scale) + shift`` over the last dimension, in x's dtype.
+
+    With LN the norm without parameters, w its weight and b its bias::
+
+        (LN(x) * w + b) * (1 + s) + t  =  LN(x) * w(1 + s)  +  (b(1 + s) + t)
+
+    so wherever s and t are the same for every token, which is B == 1 with [1, 1, H], one layer norm
+    with other parameters computes everything. In float32 that is rounded like the left side.
+
+    In half precision without a bias b, and with every tensor of x's dtype, the parameters are
+    rounded to that dtype: once for w(1 + s), t not at all, and once for the result. The left side
+    composed of half-precision kernels rounds the norm, 1 + s, the product and the sum, so this is
+    never less accurate than what it stands for, in a third of the memory traffic. With larger B the
+    norm and 1 + s are rounded and one ``addcmul`` finishes. Anything else goes through float32, as
+    :func:`mindiesd.ops.backends.native.layer_norm_scale_shift` does.
+
+    Args:
+        x: [B, S, H].
+        weight: [H] or None.
+        bias: [H] or None.
+        eps: added to the variance.
+        scale: [B, 1, H] or [B, S, H].
+        shift: [B, 1, H] or [B, S, H].
+    """
+    dtype, hidden = x.dtype, x.shape[-1]
+    same = scale.dtype is dtype and shift.dtype is dtype
+    same = same and (weight is None or weight.dtype is dtype)
+    if dtype not in _HALF or not same or bias is not None:
+        return native.layer_norm_scale_shift(x, weight, bias, eps, scale, shift)
+    if scale.shape[:-1] == (1, 1) and shift.shape[:-1] == (1, 1):
+        gain = (
+            scale + 1
+            if weight is None
+            else torch.addcmul(weight.float(), weight.float(), scale.float()).to(dtype)
+        )
+        return native.layer_norm(x, (hidden,), gain.view(hidden), shift.reshape(hidden), eps)
+    normed = native.layer_norm(x, (hidden,), weight, None, eps)
+    return torch.addcmul(shift, normed, scale + 1)
