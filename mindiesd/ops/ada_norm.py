@@ -20,6 +20,9 @@ def layernorm_scale_shift(
 ) -> Tensor:
     """``layernorm(x) * (1 + scale) + shift``, in float32 or better and rounded once.
 
+    On an Ascend NPU, half precision throughout is folded into fewer kernels of that dtype, which
+    round less often than the expression above does; ``fused=False`` is exact there too.
+
     Args:
         layernorm: the module whose weight, bias and eps are used; it normalises H.
         x: [B, S, H], floating.

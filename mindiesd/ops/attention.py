@@ -20,7 +20,7 @@ from mindiesd.errors import ParametersInvalid
 from mindiesd.ops import checks
 from mindiesd.ops.backends import backend_for, native
 from mindiesd.ops.dispatch import MEASURED, Kernel, requested
-from mindiesd.ops.masks import CAUSAL, Band, attention_mask, broadcasts
+from mindiesd.ops.masks import CAUSAL, AttentionMask, Band, attention_mask, broadcasts
 
 # Bound here: each lookup through `torch` on the path of every call is measurable.
 _BOOL, _FLOAT16, _BFLOAT16, _FLOAT32 = torch.bool, torch.float16, torch.bfloat16, torch.float32
@@ -139,8 +139,12 @@ def attend(
     """
     if attn_mask is None and band is None:
         mask = CAUSAL if is_causal else None
-    else:
+    elif is_causal or band is not None:
         mask = attention_mask(attn_mask, is_causal, band)
+    elif attn_mask.dtype is _BOOL:  # type: ignore[union-attr] # one of the two is given
+        mask = AttentionMask(attn_mask, None, None)
+    else:
+        mask = AttentionMask(None, attn_mask, None)
     if query.is_cpu or query.is_cuda:
         return native.attention(query, key, value, mask, scale, head_first, kernel)
     if measure:
@@ -174,13 +178,13 @@ def refusal(
     """
     if query.is_nested:
         return "nested tensor"
-    shape, key_shape, value_shape = query.shape, key.shape, value.shape
-    if shape == key_shape and shape == value_shape:
-        if len(shape) != 4:
-            return "3-D input" if len(shape) == 3 else "not 4-D"
-    else:
-        if len(shape) != 4 or len(key_shape) != 4 or len(value_shape) != 4:
-            return "3-D input" if len(shape) == 3 else "not 4-D"
+    shape = query.shape
+    if len(shape) != 4:
+        return "3-D input" if len(shape) == 3 else "not 4-D"
+    key_shape, value_shape = key.shape, value.shape
+    if shape != key_shape or shape != value_shape:
+        if len(key_shape) != 4 or len(value_shape) != 4:
+            return "not 4-D"
         if shape[0] != key_shape[0] or shape[0] != value_shape[0]:
             return "batch sizes differ"
         if key_shape[1] != value_shape[1] or key_shape[2] != value_shape[2]:
@@ -218,10 +222,10 @@ def refusal(
         return "mask dtype"
     if not attn_mask.is_cpu if on_cpu else attn_mask.device != device:
         return "mask on another device"
-    batch, first, second = shape[0], shape[1], shape[2]
-    heads, queries, keys = (
-        (first, second, key_shape[2]) if head_first else (second, first, key_shape[1])
-    )
+    batch, heads, queries, _ = shape
+    keys = key_shape[2]
+    if not head_first:
+        heads, queries, keys = queries, heads, key_shape[1]
     if not broadcasts(attn_mask.shape, batch, heads, queries, keys):
         return "mask does not broadcast"
     return None

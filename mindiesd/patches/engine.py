@@ -7,11 +7,14 @@ It knows nothing of attention or norms. What is installed is a plain Python func
 
 from __future__ import annotations
 
+import functools
+import gc
 import logging
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib import import_module, metadata
 from types import FunctionType
@@ -38,7 +41,7 @@ class State:
         site: the record as its replacement sees it.
         wanted: how many migrations want it installed.
         reason: why it was skipped; empty when it was not.
-        replaced: ``(original, replacement)`` of each installation; a reload adds one.
+        replaced: the original and the replacement of each installation; a reload adds one.
         holders: every place that was rebound, the target itself first.
         lost: places that somebody else has changed since, found while undoing.
     """
@@ -47,7 +50,7 @@ class State:
     site: Site
     wanted: int = 0
     reason: str = ""
-    replaced: list[tuple[Any, Callable[..., Any]]] = field(default_factory=list)
+    replaced: list[sweep.Swap] = field(default_factory=list)
     holders: list[sweep.Holder] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
 
@@ -127,7 +130,7 @@ class Engine:
         """Places that hold an original and were left alone, by record name."""
         with self._lock:
             originals = {
-                patch.name: self._states[patch.name].replaced[-1][0]
+                patch.name: self._states[patch.name].replaced[-1].old
                 for patch in patches
                 if self._states[patch.name].replaced
             }
@@ -154,16 +157,16 @@ class Engine:
             _, _, value = wrapt.resolve_path(state.patch.module, state.patch.attribute)
         except (ImportError, AttributeError):
             return False
-        return any(value is replacement for _, replacement in state.replaced)
+        return any(value is swap.new for swap in state.replaced)
 
     def _install(self, patches: Iterable[Patch], swept: bool) -> None:
-        fresh: dict[int, tuple[Any, Any]] = {}
+        fresh: dict[int, sweep.Swap] = {}
         keep: set[str] = set()
         by_original: dict[int, State] = {}
         for patch in patches:
             state = self._states[patch.name]
             try:
-                original, replacement = self._install_one(state)
+                swap = self._install_one(state)
             except _Skip as skip:
                 state.reason = str(skip)
                 _log.info("%s skipped: %s", patch.name, skip)
@@ -173,14 +176,14 @@ class Engine:
                 _log.warning("%s %s", patch.name, state.reason)
                 _log.debug("%s", patch.name, exc_info=True)
                 continue
-            fresh[id(original)] = (original, replacement)
-            by_original[id(original)] = state
+            fresh[id(swap.old)] = swap
+            by_original[id(swap.old)] = state
             keep.update(patch.keep_in)
         if swept and fresh:
             for holder in sweep.rebind(fresh, _left_alone(keep)):
-                by_original[id(holder.found[0])].holders.append(holder)
+                by_original[holder.found].holders.append(holder)
 
-    def _install_one(self, state: State) -> tuple[Any, Callable[..., Any]]:
+    def _install_one(self, state: State) -> sweep.Swap:
         patch = state.patch
         missing = unavailable(patch)
         if missing:
@@ -204,11 +207,12 @@ class Engine:
         if after_install is not None:
             after_install(replacement)
         wrapt.apply_patch(owner, attribute, replacement)
-        state.replaced.append((original, replacement))
+        swap = sweep.Swap(original, replacement)
+        state.replaced.append(swap)
         state.holders.append(
             sweep.Holder(
                 patch.target,
-                (original,),
+                id(original),
                 original,
                 replacement,
                 lambda: vars(owner).get(attribute),
@@ -216,12 +220,12 @@ class Engine:
             )
         )
         _log.info("%s: %s -> %s", patch.name, patch.target, patch.becomes)
-        return original, replacement
+        return swap
 
     # Undoing.
 
     def _uninstall(self, states: Iterable[State]) -> list[str]:
-        back: dict[int, tuple[Any, Any]] = {}
+        back: dict[int, sweep.Swap] = {}
         lost: list[str] = []
         for state in states:
             for holder in reversed(state.holders):
@@ -229,7 +233,7 @@ class Engine:
                     state.lost.append(holder.where)
             for original, replacement in state.replaced:
                 _tell(state.patch, "after_uninstall", replacement)
-                back[id(replacement)] = (replacement, original)
+                back[id(replacement)] = sweep.Swap(replacement, original)
             lost += state.lost
             state.holders, state.replaced = [], []
         if back:
@@ -237,41 +241,42 @@ class Engine:
             sweep.rebind(back, _left_alone(()), to_replacement=False)
         return lost
 
-    def _changing(self) -> _DynamoReset:
-        return _DynamoReset(self)
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around every change of what is installed."""
+        before = self._installed()
+        collecting = gc.isenabled()
+        # After large imports a full collection is due at any moment. It takes longer than all of
+        # this, and need not fall into the middle of it.
+        gc.disable()
+        try:
+            yield
+        finally:
+            if collecting:
+                gc.enable()
+            if self._installed() != before and _compiled_anything():
+                self._reset_dynamo()
 
-    def installed(self) -> int:
-        """How many installations there are, over all records."""
+    def _installed(self) -> int:
         return sum(len(state.replaced) for state in self._states.values())
 
+    def _reset_dynamo(self) -> None:
+        """Drop what ``torch.compile`` compiled.
 
-class _Skip(Exception):
-    """Why a record cannot be installed."""
-
-
-class _DynamoReset:
-    """Resets ``torch.compile``'s caches when the installed functions changed in the block.
-
-    Dynamo does not guard on the ``forward`` of a nested module's class or on closures, so code
-    compiled before would go on calling what it saw then.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-
-    def __enter__(self) -> None:
-        self._before = self._engine.installed()
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._engine.installed() == self._before or not _compiled_anything():
-            return
+        Dynamo does not guard on the ``forward`` of a nested module's class or on closures, so code
+        compiled before would go on calling what it saw then.
+        """
         import torch
 
         torch.compiler.reset()
         note = "torch.compiler.reset() was called: compiled code would have kept the old functions"
-        if note not in self._engine.notes:
-            self._engine.notes.append(note)
+        if note not in self.notes:
+            self.notes.append(note)
         _log.info(note)
+
+
+class _Skip(Exception):
+    """Why a record cannot be installed."""
 
 
 def _compiled_anything() -> bool:
@@ -299,6 +304,7 @@ def unavailable(patch: Patch) -> str:
     return ""
 
 
+@functools.cache
 def _version(distribution: str) -> Version:
     return Version(metadata.version(distribution))
 

@@ -15,24 +15,31 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True)
+class Swap(NamedTuple):
+    """An object that is replaced, and what replaces it."""
+
+    old: Any
+    new: Any
+
+
+@dataclass(frozen=True, slots=True)
 class Holder:
     """One place that held an object and was given another.
 
     Attributes:
         where: dotted description for the report.
-        found: the replaced objects it held; a tuple of default values may hold several.
-        old: what it held.
+        found: ``id`` of the replaced object that it held; of the first, if several.
+        old: what it held: that object, or what wraps or contains it.
         new: what it was given.
         read: returns what it holds now.
         write: makes it hold something.
     """
 
     where: str
-    found: tuple[Any, ...]
+    found: int
     old: Any
     new: Any
     read: Callable[[], Any]
@@ -47,14 +54,15 @@ class Holder:
 
 
 def rebind(
-    replacements: Mapping[int, tuple[Any, Any]],
-    skip: Callable[[str], bool],
-    to_replacement: bool = True,
+    swaps: Mapping[int, Swap], skip: Callable[[str], bool], to_replacement: bool = True
 ) -> list[Holder]:
     """Rebind every module name, class attribute and default value that holds a replaced object.
 
+    The holders are found by the garbage collector, in C: reading every name of every module takes
+    several times as long, and would not find class attributes and default values.
+
     Args:
-        replacements: ``id(old) -> (old, new)``.
+        swaps: ``id(old) -> (old, new)``.
         skip: whether the module of this name is to be left alone.
         to_replacement: ``new`` is a plain function that stands in for ``old``; in a class body it
             is wrapped in ``staticmethod`` where ``old`` was not one that binds.
@@ -63,72 +71,76 @@ def rebind(
         What was rebound, in order.
     """
     done: list[Holder] = []
-    namespaces: set[int] = set()
-    for name, module in list(sys.modules.items()):
-        namespace = getattr(module, "__dict__", None)
-        if not isinstance(module, ModuleType) or type(namespace) is not dict:
-            continue
-        if id(namespace) in namespaces:
-            continue
-        namespaces.add(id(namespace))
-        if skip(name):
-            continue
-        for key, value in list(namespace.items()):
-            pair = replacements.get(id(value))
-            if pair is not None:
-                done.append(_rebind_item(namespace, key, pair, f"{name}.{key}"))
-    done += _rebind_deep(replacements, namespaces, skip, to_replacement)
-    return done
-
-
-def _rebind_item(namespace: dict[str, Any], key: str, pair: tuple[Any, Any], where: str) -> Holder:
-    old, new = pair
-    namespace[key] = new
-    return Holder(
-        where,
-        (old,),
-        old,
-        new,
-        functools.partial(namespace.get, key),
-        functools.partial(namespace.__setitem__, key),
-    )
-
-
-def _rebind_deep(
-    replacements: Mapping[int, tuple[Any, Any]],
-    namespaces: set[int],
-    skip: Callable[[str], bool],
-    to_replacement: bool,
-) -> list[Holder]:
-    """Class attributes and default values; found through the garbage collector, in C."""
-    objects = [old for old, _ in replacements.values()]
-    first = [r for r in gc.get_referrers(*objects) if id(r) not in namespaces and r is not objects]
-    wrappers = [r for r in first if isinstance(r, staticmethod)]
-    if wrappers:
-        first += [r for r in gc.get_referrers(*wrappers) if isinstance(r, dict)]
-    containers = [r for r in first if type(r) in (dict, tuple)]
-    if not containers:
-        return []
-    done: list[Holder] = []
+    namespaces = _namespaces()
+    referrers = gc.get_referrers(*[swap.old for swap in swaps.values()])
+    if gc.get_freeze_count():
+        # Frozen objects are hidden from the collector; the modules at least can be asked.
+        referrers += [vars(sys.modules[name]) for name in namespaces.values()]
+    containers: list[Any] = []
+    wrappers: list[Any] = []
     seen: set[int] = set()
+    for holder in referrers:
+        if id(holder) in namespaces:
+            name = namespaces[id(holder)]
+            if id(holder) not in seen and not skip(name):
+                for key, value in list(holder.items()):
+                    if id(value) in swaps:
+                        done.append(_rebind_item(holder, key, swaps[id(value)], f"{name}.{key}"))
+        elif type(holder) is staticmethod:
+            wrappers.append(holder)
+        elif type(holder) is dict:
+            if any(id(value) in swaps for value in list(holder.values())):
+                containers.append(holder)
+        elif type(holder) is tuple and not _is_operator_entry(holder):
+            containers.append(holder)
+        seen.add(id(holder))
+    if wrappers:
+        containers += [holder for holder in gc.get_referrers(*wrappers) if type(holder) is dict]
+    if not containers:
+        return done
+    seen.clear()
     for owner in gc.get_referrers(*containers):
         if id(owner) in seen or skip(_home(owner)):
             continue
         seen.add(id(owner))
         if isinstance(owner, type):
-            done += _rebind_class(owner, replacements, to_replacement)
+            done += _rebind_class(owner, swaps, to_replacement)
         elif isinstance(owner, FunctionType):
-            done += _rebind_defaults(owner, replacements)
+            done += _rebind_defaults(owner, swaps)
     return done
 
 
-def _rebind_class(
-    owner: type, replacements: Mapping[int, tuple[Any, Any]], to_replacement: bool
-) -> list[Holder]:
+def _namespaces() -> dict[int, str]:
+    """``id`` of a module's dictionary -> the module's name."""
+    return {
+        id(vars(module)): name
+        for name, module in list(sys.modules.items())
+        if isinstance(module, ModuleType)
+    }
+
+
+def _is_operator_entry(holder: tuple[Any, ...]) -> bool:
+    """Whether this is an entry of ``torch.jit``'s table of builtins, always there: no call site."""
+    return len(holder) == 2 and isinstance(holder[1], str) and holder[1].startswith("aten::")
+
+
+def _rebind_item(namespace: dict[str, Any], key: str, swap: Swap, where: str) -> Holder:
+    namespace[key] = swap.new
+    return Holder(
+        where,
+        id(swap.old),
+        swap.old,
+        swap.new,
+        functools.partial(namespace.get, key),
+        functools.partial(namespace.__setitem__, key),
+    )
+
+
+def _rebind_class(owner: type, swaps: Mapping[int, Swap], to_replacement: bool) -> list[Holder]:
     done = []
     for key, raw in list(vars(owner).items()):
         static = isinstance(raw, staticmethod)
-        pair = replacements.get(id(raw.__func__ if static else raw))
+        pair = swaps.get(id(raw.__func__ if static else raw))
         if pair is None:
             continue
         old, new = pair
@@ -144,7 +156,7 @@ def _rebind_class(
         done.append(
             Holder(
                 where,
-                (old,),
+                id(old),
                 raw,
                 fresh,
                 functools.partial(vars(owner).get, key),
@@ -154,21 +166,17 @@ def _rebind_class(
     return done
 
 
-def _rebind_defaults(
-    owner: FunctionType, replacements: Mapping[int, tuple[Any, Any]]
-) -> list[Holder]:
+def _rebind_defaults(owner: FunctionType, swaps: Mapping[int, Swap]) -> list[Holder]:
     done = []
     where = f"{_home(owner)}.{owner.__qualname__}"
     defaults = owner.__defaults__
-    if defaults and any(id(value) in replacements for value in defaults):
-        fresh = tuple(
-            replacements[id(value)][1] if id(value) in replacements else value for value in defaults
-        )
+    if defaults and any(id(value) in swaps for value in defaults):
+        fresh = tuple(swaps[id(value)].new if id(value) in swaps else value for value in defaults)
         owner.__defaults__ = fresh
         done.append(
             Holder(
                 f"{where} (default value)",
-                tuple(value for value in defaults if id(value) in replacements),
+                next(id(value) for value in defaults if id(value) in swaps),
                 defaults,
                 fresh,
                 functools.partial(getattr, owner, "__defaults__"),
@@ -177,11 +185,9 @@ def _rebind_defaults(
         )
     keyword_defaults: dict[str, Any] = owner.__kwdefaults__ or {}
     for key, value in list(keyword_defaults.items()):
-        if id(value) in replacements:
+        if id(value) in swaps:
             done.append(
-                _rebind_item(
-                    keyword_defaults, key, replacements[id(value)], f"{where} (default of {key})"
-                )
+                _rebind_item(keyword_defaults, key, swaps[id(value)], f"{where} (default of {key})")
             )
     return done
 
@@ -216,11 +222,7 @@ def describe_holders(
         for key, value in list(held.items()):
             note([value], f"attribute {key!r} of a {_home(kind)}.{kind.__qualname__}")
 
-    modules = {
-        id(vars(module)): name
-        for name, module in list(sys.modules.items())
-        if isinstance(module, ModuleType)
-    }
+    modules = _namespaces()
     containers: dict[int, Any] = {}
     for holder in gc.get_referrers(*originals.values()):
         if holder is originals or id(holder) in modules:

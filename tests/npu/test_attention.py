@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mindiesd
+from mindiesd.emulator import trace
 from mindiesd.ops import attention
 from mindiesd.ops.backends import native, npu
-from mindiesd.ops.backends.npu import forms, infer, prompt
+from mindiesd.ops.backends.npu import derived, forms, infer, prompt
 from mindiesd.ops.backends.npu.call import describe
 from mindiesd.ops.dispatch import KERNELS
 from mindiesd.ops.masks import Band, attention_mask
@@ -200,3 +201,24 @@ def test_autocast_and_inference_mode():
         made[0] = False
         other.check(other.attend())
     case.check(case.attend())
+
+
+@pytest.mark.parametrize("memory", ["BNSD", "BSND"])
+@pytest.mark.parametrize("head_first", [True, False])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_large_bias_is_not_repeated_for_each_head(dtype, memory, head_first):
+    tensors = [tensor((2, 3, 130, 8), dtype, memory) for _ in range(3)]
+    bias = torch.randn(130, 130)
+    bias[3] = -math.inf
+    bias[4] = torch.finfo(torch.float32).min
+    if not head_first:
+        tensors = [t.transpose(1, 2) for t in tensors]
+    case = Case(*tensors, bias.to(dtype).npu(), causal=True, head_first=head_first)
+    for _ in range(2):
+        with trace() as counted:
+            out = case.attend()
+        case.check(out)
+    # A copy of each of the three tensors at most, and not one mask of [B, N, Sq, Skv].
+    assert counted.bytes_written <= 5 * 2 * 3 * 130 * 128 * 8
+    (entry,) = derived.TABLE._entries.values()
+    assert all(made.shape == (1, 1, 130, 130) for made in entry.forms.values())

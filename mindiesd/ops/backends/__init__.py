@@ -25,7 +25,11 @@ _loaded: dict[str, Backend] = {}
 
 
 class Backend(Protocol):
-    """The functions every backend module has."""
+    """The functions every backend module has.
+
+    One may also have ``attention_varlen`` (packed sequences in one kernel, or None to go one by
+    one) and ``host_list`` (the numbers in a tensor, which it may remember).
+    """
 
     def attention(
         self,
@@ -73,7 +77,7 @@ class Backend(Protocol):
         scale: Tensor,
         shift: Tensor,
     ) -> Tensor:
-        """Layer norm, then ``* (1 + scale) + shift``, rounded once."""
+        """Layer norm, then ``* (1 + scale) + shift``, rounded at most as often as written."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         """Rotary position embedding, rounded once."""

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mindiesd.ops.backends.npu import forms, soc
-from mindiesd.ops.backends.npu.call import Call, within_float32
+from mindiesd.ops.backends.npu.call import SHARED, Call, within_float32
 from mindiesd.ops.masks import AttentionMask
 
 NAME = "npu_fusion_attention"
@@ -63,10 +63,43 @@ def widened(call: Call) -> bool:
     return call.bias_dtype is not call.dtype or operator(call) != "npu_fusion_attention_v2"
 
 
+def _folds(call: Call) -> bool:
+    """Whether one bias for all heads is larger, repeated for each, than the three tensors copied.
+
+    The kernel repeats nothing over heads, but it does over batches.
+    """
+    return (
+        call.bias == SHARED
+        and call.bias_rows
+        and call.keep in ("", SHARED)
+        and call.heads == call.kv_heads > 1
+        and call.batch * call.heads <= MOST_BATCH
+        and call.queries * call.keys
+        > 4 * (call.queries * call.dim + call.keys * (call.dim + call.value_dim))
+    )
+
+
 def launch(
     call: Call, layout: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None
 ) -> Tensor:
     """The attention of query, key and value, in the order that the call says; so is the result."""
+    if not _folds(call):
+        return _launch(call, layout, query, key, value, mask)
+    pairs = call.batch * call.heads
+    query, key, value = (
+        into(tensor, call, "BNSD", tensor.shape[-1]).flatten(0, 1)[:, None]
+        for tensor in (query, key, value)
+    )
+    folded = call._replace(batch=pairs, heads=1, kv_heads=1, head_first=True, layout="BNSD")
+    out = _launch(folded, "BNSD", query, key, value, mask)
+    out = out.reshape(call.batch, call.heads, call.queries, call.value_dim)
+    return out_of(out, call, "BNSD")
+
+
+def _launch(
+    call: Call, layout: str, query: Tensor, key: Tensor, value: Tensor, mask: AttentionMask | None
+) -> Tensor:
+    """:func:`launch` as it stands."""
     name = operator(call)
     if name == "npu_fusion_attention_v3":
         # Documented for BNSD where graphs are captured.
