@@ -222,3 +222,12 @@ def test_a_large_bias_is_not_repeated_for_each_head(dtype, memory, head_first):
     assert counted.bytes_written <= 5 * 2 * 3 * 130 * 128 * 8
     (entry,) = derived.TABLE._entries.values()
     assert all(made.shape == (1, 1, 130, 130) for made in entry.forms.values())
+
+
+def test_function_transforms_take_no_kernel():
+    inputs = torch.randn(3, 1, 2, 4, 16).npu()
+    with trace() as counted:
+        out = torch.vmap(lambda x: attention.attend(x, x, x))(inputs)
+    assert not any(name.startswith("npu::") for name in counted.launches)
+    for one, expected in zip(inputs, out, strict=True):
+        Case(one, one, one).check(expected)

@@ -11,6 +11,7 @@ from mindiesd.emulator import trace
 from mindiesd.ops import attention
 from mindiesd.ops.backends.npu import derived, forms
 from mindiesd.ops.backends.npu.derived import Derived
+from mindiesd.ops.masks import Band
 from tests.npu.cases import Case, tensor
 
 MADE = {"aten::bitwise_not", "aten::masked_fill_.Scalar", "aten::clone", "aten::where.self"}
@@ -184,3 +185,14 @@ def test_another_stream_makes_its_own(monkeypatch):
         monkeypatch.setattr(derived, "current_stream", lambda _, stream=stream: stream)
         table.get(source, "copy", lambda: made.append(1) or source.clone())
     assert len(made) == 2
+
+
+def test_the_masks_of_windows_are_bounded_and_do_not_push_out_the_triangle():
+    attention.attend(*qkv(), is_causal=True)
+    kept = forms.compressed(torch.device("npu", 0), False)
+    for at in range(1, 20):
+        # The side after the diagonal is negative, which only a full mask says.
+        case = Case(*qkv(40), band=Band(-at - 2, -at))
+        case.check(case.attend())
+    assert len(derived._constants) == 1 + derived.CONSTANTS
+    assert forms.compressed(torch.device("npu", 0), False) is kept

@@ -238,3 +238,20 @@ def test_atens_gelu_would_have_been_the_other_one():
     x = torch.linspace(-6, 6, 4001).npu()
     wrong = (native.gelu(x, "none") - npu.gelu(x, "none")).abs().max()
     assert wrong > 4e-4
+
+
+def test_the_strides_of_norms_are_those_of_what_they_replace():
+    x = made(2, 9, 4, 16, dtype=torch.float16).transpose(1, 2)
+    weight, bias = made(2, 16, dtype=torch.float16)
+    with trace() as counted:
+        out = norm.rms_norm(x, weight, 1e-6)
+    assert counted.total == 1 and not counted.layout_copies
+    assert out.transpose(1, 2).is_contiguous()
+    host = [t.cpu() for t in (x, weight, bias)]
+    oracles.assert_close(out.cpu(), oracles.rms_norm(host[0], host[1], 1e-6))
+    # As ATen's, whose callers may go on with a view.
+    out = norm.layer_norm(x, (16,), weight, bias, 1e-6)
+    assert out.is_contiguous()
+    oracles.assert_close(out.cpu(), oracles.layer_norm(*host, 1e-6))
+    whole = norm.layer_norm(x, (9, 16), None, None, 1e-6)
+    oracles.assert_close(whole.cpu(), oracles.layer_norm(host[0], None, None, 1e-6, dims=2))

@@ -107,7 +107,7 @@ def _varies(shape: torch.Size) -> str:
     return BATCH if len(shape) == 4 and shape[0] != 1 else SHARED
 
 
-def _turned(tensor: Tensor) -> bool:
+def turned(tensor: Tensor) -> bool:
     """Whether ``tensor.transpose(1, 2)`` is contiguous; asking it costs several times as much."""
     first, second, third, fourth = tensor.shape
     strides = tensor.stride()
@@ -125,13 +125,13 @@ def _layout(query: Tensor, key: Tensor, value: Tensor, head_first: bool) -> tupl
     as_is = (query.is_contiguous(), key.is_contiguous(), value.is_contiguous())
     if as_is == (True, True, True):
         return same, True
-    turned = (_turned(query), _turned(key), _turned(value))
-    if turned == (True, True, True):
+    swapped = (turned(query), turned(key), turned(value))
+    if swapped == (True, True, True):
         return other, True
     sizes = (query.numel(), key.numel(), value.numel())
     copied = [
         sum(size for size, dense in zip(sizes, which, strict=True) if not dense)
-        for which in (as_is, turned)
+        for which in (as_is, swapped)
     ]
     return (other if copied[1] < copied[0] else same), False
 

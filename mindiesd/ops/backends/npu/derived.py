@@ -140,9 +140,11 @@ def current_stream(tensor: Tensor) -> Hashable:
 
 
 TABLE = Derived()
-_constants: dict[Hashable, Tensor] = {}
+_constants: dict[tuple[object, ...], Tensor] = {}
 _constants_lock = threading.Lock()
-CONSTANTS = 64
+# How many of one kind are kept: there is one triangle a device, and few norms without a weight, but
+# the masks of windows are many and large.
+CONSTANTS = 8
 
 
 def derived(frozen: bool, source: Tensor, key: Hashable, build: Callable[[], T]) -> T:
@@ -152,12 +154,12 @@ def derived(frozen: bool, source: Tensor, key: Hashable, build: Callable[[], T])
     return TABLE.get(source, key, build)
 
 
-def constant(frozen: bool, key: Hashable, build: Callable[[], Tensor]) -> Tensor:
+def constant(frozen: bool, key: tuple[object, ...], build: Callable[[], Tensor]) -> Tensor:
     """A tensor that depends on nothing but ``key``, made once per device.
 
     Args:
         frozen: whether the call is traced or captured; then it is made in the graph.
-        key: device and parameters.
+        key: its kind, then device and parameters.
         build: makes it.
     """
     if frozen:
@@ -172,8 +174,8 @@ def constant(frozen: bool, key: Hashable, build: Callable[[], Tensor]) -> Tensor
                 found = build()
             # From now on every stream may read it.
             torch.npu.current_stream(found.device).synchronize()  # type: ignore[attr-defined]
-            if len(_constants) >= CONSTANTS:
-                # Oldest first. Kernels already queued keep memory through their own references.
-                _constants.pop(next(iter(_constants)))
+            alike = [other for other in _constants if other[0] == key[0]]
+            if len(alike) >= CONSTANTS:
+                del _constants[alike[0]]
             _constants[key] = found
     return found

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mindiesd.ops.backends import native
 from mindiesd.ops.backends.npu import soc, vendor
-from mindiesd.ops.backends.npu.call import frozen
+from mindiesd.ops.backends.npu.call import frozen, turned
 from mindiesd.ops.backends.npu.derived import constant
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -29,6 +29,11 @@ def _ones(x: Tensor) -> Tensor:
         return torch.ones(size, dtype=dtype, device=device)
 
     return constant(frozen(x), ("ones", size, dtype, device), build)
+
+
+def _swapped(x: Tensor) -> bool:
+    """Whether ``x`` is the transposed view [B, N, S, D] of dense [B, S, N, D] memory, or so."""
+    return x.dim() == 4 and not x.is_contiguous() and turned(x)
 
 
 def rms_norm_refusal(x: Tensor, series: str) -> str | None:
@@ -64,6 +69,10 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         full = x.to(wide or torch.float32)
         gain = None if weight is None else weight.to(full.dtype)
         return torch.rms_norm(full, (x.shape[-1],), gain, eps).to(x.dtype)
+    if _swapped(x):
+        # In the order of its memory: no copy, none for the attention that follows, and the strides
+        # that a norm written out in elementary operators has. (ATen's layer norm is contiguous.)
+        return rms_norm(x.transpose(1, 2), weight, eps).transpose(1, 2)
     given = x[None] if x.dim() == 1 else x
     gamma = _ones(x) if weight is None else weight
     if gamma.dtype is not x.dtype and gamma.dtype is not torch.float32:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mindiesd.ops.backends import native
 from mindiesd.ops.backends.npu import soc
-from mindiesd.ops.backends.npu.call import frozen
+from mindiesd.ops.backends.npu.call import frozen, turned
 from mindiesd.ops.backends.npu.derived import derived
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -144,17 +144,17 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         return native.rotate(x, cos, sin, interleaved)
     dtype = x.dtype if x.dtype is cos.dtype is sin.dtype else torch.float32
     # A transposed view is rotated in the order of its memory.
-    turned = x.dim() == 4 and not x.is_contiguous() and x.transpose(1, 2).is_contiguous()
+    swapped = x.dim() == 4 and not x.is_contiguous() and turned(x)
     mode = "interleave" if interleaved else "half"
-    if turned:
+    if swapped:
         x_in, cos, sin = x.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2)
         if refusal(x_in, cos, sin, interleaved, soc.series()) is not None:
-            turned, x_in, cos, sin = False, x, cos.transpose(1, 2), sin.transpose(1, 2)
+            swapped, x_in, cos, sin = False, x, cos.transpose(1, 2), sin.transpose(1, 2)
     else:
         x_in = x
     cos, sin = _in(cos, dtype), _in(sin, dtype)
     out: Tensor = torch.ops.npu.npu_rotary_mul(x_in.to(dtype), cos, sin, mode)
-    out = out.transpose(1, 2) if turned else out
+    out = out.transpose(1, 2) if swapped else out
     return out.to(x.dtype)
 
 

@@ -6,6 +6,9 @@ The numbers are those of torch_npu (NpuVariables.h): 310P 200-205, 910B (Atlas A
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 A2, A3, I310P, A950 = "A2", "A3", "310P", "950"
@@ -13,6 +16,7 @@ A2, A3, I310P, A950 = "A2", "A3", "310P", "950"
 UNKNOWN = ""
 
 _found: str = UNKNOWN
+_transforming: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
 def of_number(number: int) -> str:
@@ -26,9 +30,20 @@ def of_number(number: int) -> str:
     return A950 if number >= 260 else UNKNOWN
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def series() -> str:
-    """The series of this process's devices; asked for once a device answers, never at import."""
+    """The series of this process's devices; asked for once a device answers, never at import.
+
+    Unknown inside of ``torch.vmap`` and other function transforms, for which the kernels have no
+    rules.
+    """
+    if not torch.compiler.is_compiling() and _transforming() is not None:
+        return UNKNOWN
+    found: str = _detected()
+    return found
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _detected() -> str:
     global _found
     if not _found:
         try:
