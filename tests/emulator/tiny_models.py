@@ -1144,15 +1144,22 @@ def without_torch_npu() -> Iterator[None]:
 
     With torch_npu importable, diffusers calls its operators on CPU tensors too.
     """
-    kept = []
-    for module in [*sys.modules.values()]:
-        if getattr(module, "__name__", "").startswith("diffusers.") and callable(
-            module.__dict__.get("is_torch_npu_available")
-        ):
-            kept.append((module, module.is_torch_npu_available))
-            module.is_torch_npu_available = lambda: False
+    import diffusers.utils.import_utils
+
+    real = diffusers.utils.import_utils.is_torch_npu_available
+
+    def absent() -> bool:
+        return False
+
+    _swap_in_diffusers(real, absent)
     try:
         yield
     finally:
-        for module, function in kept:
-            module.is_torch_npu_available = function
+        # Modules that were first imported in the block took the stand-in by name.
+        _swap_in_diffusers(absent, real)
+
+
+def _swap_in_diffusers(old: Callable[[], bool], new: Callable[[], bool]) -> None:
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("diffusers.") and vars(module).get("is_torch_npu_available") is old:
+            vars(module)["is_torch_npu_available"] = new
