@@ -1144,6 +1144,9 @@ def without_torch_npu() -> Iterator[None]:
 
     With torch_npu importable, diffusers calls its operators on CPU tensors too.
     """
+    # Imported in the block, they would leave out `import torch_npu` for good.
+    import diffusers.models.transformers
+    import diffusers.pipelines.pipeline_utils
     import diffusers.utils.import_utils
 
     real = diffusers.utils.import_utils.is_torch_npu_available
