@@ -107,7 +107,6 @@ def call_rows() -> list[Row]:
             site.arm()
             shim = build(nothing, site)
             falling_back.append((what, partial(shim, *args), partial(nothing, *args), goal))
-        rows = added(falling_back)
 
         # From here on the kernels do nothing, on our side and on the bare one.
         kernels = ("attention", "rms_norm", "layer_norm", "rotate")
@@ -169,7 +168,9 @@ def call_rows() -> list[Row]:
                 2,
             ),
         ]
-        rows += added([(f"{what}, kernel a no-op", *rest) for what, *rest in redirected])
+        rows = added(
+            [*falling_back, *((f"{what}, kernel a no-op", *rest) for what, *rest in redirected)]
+        )
         for name, kernel in real.items():
             setattr(native, name, kernel)
         mindiesd.unpatch_all()
