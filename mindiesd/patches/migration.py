@@ -37,8 +37,8 @@ class Options:
             raise ParametersInvalid("verify", verify, "0; verification is not available yet")
         if type(strict) is not bool:
             raise ParametersInvalid("strict", strict, "True or False")
-        self.only = _tuple(only)
-        self.skip = _tuple(skip)
+        self.only = _tuple("only", only)
+        self.skip = _tuple("skip", skip)
         self.numerics = numerics
         self.verify = verify
         self.strict = strict
@@ -61,10 +61,15 @@ class Options:
     __hash__ = None  # type: ignore[assignment]
 
 
-def _tuple(value: str | Iterable[str] | None) -> tuple[str, ...] | None:
+def _tuple(argument: str, value: str | Iterable[str] | None) -> tuple[str, ...] | None:
     if value is None:
         return None
-    return (value,) if isinstance(value, str) else tuple(value)
+    words = (value,) if isinstance(value, str) else value
+    names = tuple(words) if isinstance(words, Iterable) else (value,)
+    for name in names:
+        if not isinstance(name, str):
+            raise ParametersInvalid(argument, value, "None, a text or a sequence of texts")
+    return names
 
 
 class Migration:

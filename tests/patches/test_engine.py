@@ -35,6 +35,8 @@ def test_select_by_name_family_text_and_list() -> None:
     [
         ({"only": "spda"}, "only"),
         ({"skip": ["sdpa", "nothing"]}, "skip"),
+        ({"only": 5}, "only"),
+        ({"skip": ["sdpa", 3]}, "skip"),
         ({"numerics": "exact"}, "numerics"),
         ({"verify": -1}, "verify"),
         ({"strict": "yes"}, "strict"),
