@@ -12,6 +12,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 from mindiesd.patches import verify
 from mindiesd.patches.ledger import Ledger
@@ -74,7 +75,7 @@ class Site:
         self.everywhere = False
         self.watching = False
         self.verification: verify.Verification | None = None
-        self.installed: Callable[..., object] | None = None
+        self.installed: Any = None
         self.count_to(Ledger())
 
     def arm(self) -> None:
