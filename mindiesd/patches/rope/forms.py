@@ -65,18 +65,23 @@ def full(
     return form
 
 
-def complex_numbers(at: int | None) -> Form:
+def complex_numbers(at: int | None, double: bool = False) -> Form:
     """cos + i sin, one number a pair, with a dimension of 1 inserted (None: nowhere).
 
     Numbers of double precision are used in float32 where x is half precision: the one rounding at
     the end is the same. For float32 the original's float64 arithmetic is finer than ours.
+
+    Args:
+        at: where ``unsqueeze`` inserts the dimension.
+        double: the original computes in float64 whatever the table is, where the device has it.
     """
 
     def form(x: Tensor, sources: Sources, fact: Any) -> Tables | str:
         (table,) = sources
         if x.dtype not in HALF_OR_SINGLE or table.dtype not in REAL:
             return law.DTYPE
-        if table.dtype is torch.complex128 and x.dtype is torch.float32:
+        fine = table.dtype is torch.complex128 or (double and x.device.type not in ("npu", "mps"))
+        if fine and x.dtype is torch.float32:
             return FLOAT64
         if table.device != x.device:
             return TABLE_DEVICE

@@ -17,7 +17,9 @@ SPLIT = Family(
     sources=2,
     view="folded",
 )
-ANYFLOW = Family(call="one", form=lambda forms: forms.complex_numbers(None), interleaved=True)
+ANYFLOW = Family(
+    call="one", form=lambda forms: forms.complex_numbers(None, double=True), interleaved=True
+)
 SANA_WM = Family(
     call="one",
     form=lambda forms: forms.complex_numbers(None),
@@ -117,9 +119,7 @@ _QWEN = "x freqs_cis use_real use_real_unbind_dim"
 _PER_TOKEN = "complex table [S, D/2]"
 _PER_CHANNEL = "cos and sin [B, S, N*D] for x of that shape"
 _PER_HEAD = "cos and sin [B, N, S, D/2] for x [B, S, N*D]"
-_BROADCAST = (
-    "complex table that broadcasts to [B, S, N, D/2]; where it is complex128, half precision x"
-)
+_BROADCAST = "complex table that broadcasts to x, which is half precision where there is float64"
 _DOUBLE = "float32 inside and one rounding, where the original computes half precision in float64"
 _MATRIX = "one 2 x 2 matrix a pair of channels, broadcast over heads"
 _TOKENS = "cos and sin [S, D] and x [B, S, N, D]"
