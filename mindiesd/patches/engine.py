@@ -24,9 +24,9 @@ import wrapt
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mindiesd.patches import law, sweep
+from mindiesd.patches import law, sweep, verify
 from mindiesd.patches.hooks import ImportWatch, find_module, is_initializing
-from mindiesd.patches.registry import Patch, records
+from mindiesd.patches.registry import INSIDE, Patch, records
 from mindiesd.patches.scope import Site
 
 _log = logging.getLogger("mindiesd")
@@ -79,14 +79,26 @@ class Engine:
         """Replace the lock: a thread that held it while this process was forked is not here."""
         self._lock = threading.RLock()
 
-    def acquire(self, patches: Iterable[Patch]) -> None:
-        """Install these records, now or as soon as their modules are imported."""
+    def acquire(self, patches: Iterable[Patch], verified: bool = False) -> None:
+        """Install these records, now or as soon as their modules are imported.
+
+        Args:
+            patches: the records.
+            verified: install them so that calls can be verified; what is installed without is
+                installed anew.
+        """
         with self._lock:
             fresh = []
             for patch in patches:
                 state = self._states[patch.name]
                 state.wanted += 1
-                if state.wanted == 1:
+                again = verified and not state.site.watching
+                state.site.watching |= verified
+                if again and state.replaced:
+                    with self._changing():
+                        self._uninstall([state])
+                    state.site.watching = True
+                if state.wanted == 1 or again:
                     state.reason = ""
                     state.lost = []
                     fresh.append(patch)
@@ -200,6 +212,15 @@ class Engine:
         build = _resolve(patch.build)
         try:
             replacement = build(original, state.site)
+            if state.site.watching and patch.reference != INSIDE:
+                replacement = verify.watch(
+                    replacement,
+                    original,
+                    state.site.verification_now,
+                    patch.name,
+                    _resolve(patch.reference) if patch.reference else None,
+                )
+            state.site.installed = replacement
             law.dress(replacement, original, patch.module, patch.attribute)
         except law.SignatureChanged as changed:
             raise _Skip(str(changed)) from changed
@@ -236,6 +257,7 @@ class Engine:
                 back[id(replacement)] = sweep.Swap(replacement, original)
             lost += state.lost
             state.holders, state.replaced = [], []
+            state.site.watching, state.site.installed = False, None
         if back:
             # Modules imported while we were installed took our function by name.
             sweep.rebind(back, _left_alone(()), to_replacement=False)
@@ -324,9 +346,9 @@ def _left_alone(more: Iterable[str]) -> Callable[[str], bool]:
     return skip
 
 
-def _resolve(path: str) -> Callable[[Any, Site], Callable[..., Any]]:
+def _resolve(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
-    found: Callable[[Any, Site], Callable[..., Any]] = getattr(import_module(module), name)
+    found: Callable[..., Any] = getattr(import_module(module), name)
     return found
 
 

@@ -9,8 +9,9 @@ from typing import Any
 from mindiesd.errors import ParametersInvalid, PatchError
 from mindiesd.patches.engine import ENGINE
 from mindiesd.patches.ledger import Ledger
-from mindiesd.patches.registry import select
+from mindiesd.patches.registry import select, words
 from mindiesd.patches.report import PatchReport, Report, versions
+from mindiesd.patches.verify import Verification
 
 NUMERICS = ("faithful", "fast")
 
@@ -33,8 +34,8 @@ class Options:
         """
         if numerics not in NUMERICS:
             raise ParametersInvalid("numerics", numerics, " or ".join(map(repr, NUMERICS)))
-        if type(verify) is not int or verify != 0:
-            raise ParametersInvalid("verify", verify, "0; verification is not available yet")
+        if type(verify) is not int or verify < 0:
+            raise ParametersInvalid("verify", verify, "an int that is not negative")
         if type(strict) is not bool:
             raise ParametersInvalid("strict", strict, "True or False")
         self.only = _tuple("only", only)
@@ -84,6 +85,7 @@ class Migration:
         """
         self.options = options
         self.ledger = Ledger()
+        self.verification = Verification(options.verify) if options.verify else None
         self.scope = scope
         self.notes: list[str] = []
         self._frozen: Report | None = None
@@ -92,19 +94,31 @@ class Migration:
         """Install the selected records.
 
         Raises:
-            PatchError: under ``strict`` or for a record that ``only`` names, when it cannot be
-                applied. Nothing stays installed then.
+            PatchError: a record cannot be applied, under ``strict``; or none can of what a word of
+                ``only`` names. Nothing stays installed then.
         """
-        ENGINE.acquire(self.options.patches)
-        problems = []
+        ENGINE.acquire(self.options.patches, verified=self.verification is not None)
+        skipped = {}
         for patch in self.options.patches:
             status, reason = ENGINE.status(patch)
-            named = self.options.only is not None
-            if status == "skipped" and (self.options.strict or named):
-                problems.append(f"{patch.name}: {reason}")
+            if status == "skipped":
+                skipped[patch.name] = reason
+        problems = [f"{name}: {reason}" for name, reason in self._missed(skipped).items()]
         if problems:
             ENGINE.release(self.options.patches)
             raise PatchError("cannot be applied: " + "; ".join(problems))
+
+    def _missed(self, skipped: dict[str, str]) -> dict[str, str]:
+        """Of the skipped records, those that were asked for: a family is, where all of it was."""
+        if self.options.strict:
+            return skipped
+        selected = {patch.name for patch in self.options.patches}
+        missed: dict[str, str] = {}
+        for word in words("only", self.options.only) or ():
+            meant = [patch.name for patch in select(word) if patch.name in selected]
+            if all(name in skipped for name in meant):
+                missed |= {name: skipped[name] for name in meant}
+        return missed
 
     def uninstall(self) -> None:
         """Undo the selected records; the report keeps the last state."""
@@ -121,6 +135,24 @@ class Migration:
     def report(self) -> Report:
         """What this migration did so far; after its end, what it had done."""
         return self._build() if self._frozen is None else self._frozen
+
+    def _verified(self, patch: str) -> dict[str, Any]:
+        """The report's fields on verification."""
+        if self.verification is None:
+            return {}
+        places = self.verification.places(patch)
+        unjudged: dict[str, int] = {}
+        for place in places:
+            for reason, count in place.unjudged.items():
+                unjudged[reason] = unjudged.get(reason, 0) + count
+        return {
+            "verified": sum(place.verified for place in places),
+            "largest_error": max((place.error for place in places), default=0.0),
+            "failed_verification": [
+                f"{place.where}: {place.failure}" for place in places if place.failure
+            ],
+            "without_reference": unjudged,
+        }
 
     def _build(self) -> Report:
         patches = []
@@ -145,6 +177,7 @@ class Migration:
                         fell_back=fell_back,
                         rebound=[holder.where for holder in state.holders[1:]],
                         unreached=unreached.get(patch.name, []),
+                        **self._verified(patch.name),
                     )
                 )
             notes = [*ENGINE.notes, *self.notes]

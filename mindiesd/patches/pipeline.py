@@ -65,7 +65,8 @@ def patch_pipeline(
     options = Options(only, skip, numerics, verify, strict)
     modules = _modules(pipe)
     migration = Migration(options, f"pipeline {type(pipe).__name__}")
-    token = Token(frozenset(patch.name for patch in options.patches), migration.ledger)
+    names = frozenset(patch.name for patch in options.patches)
+    token = Token(names, migration.ledger, migration.verification)
     migration.install()
     scoped = _Scoped(token)
     try:

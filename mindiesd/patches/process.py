@@ -29,7 +29,9 @@ def patch_all(
         skip: names of patches or families to leave out.
         numerics: ``"faithful"``: never less accurate than the original, against float64;
             ``"fast"``: may round where the original kept float32.
-        verify: reserved; must be 0.
+        verify: how many calls of each calling line are run both ways and judged against
+            float64; a line that fails goes back to the original and stands in the report.
+            0: none.
         strict: raise when any selected patch cannot be applied.
 
     Returns:
@@ -51,6 +53,7 @@ def patch_all(
         for patch in options.patches:
             site = ENGINE.state(patch.name).site
             site.count_to(migration.ledger)
+            site.verification = migration.verification
             site.everywhere = True
         _current = migration
     return migration
@@ -72,6 +75,7 @@ def unpatch_all() -> None:
         if _current is None:
             return
         for patch in _current.options.patches:
-            ENGINE.state(patch.name).site.everywhere = False
+            site = ENGINE.state(patch.name).site
+            site.everywhere, site.verification = False, None
         _current.uninstall()
         _current = None

@@ -17,6 +17,9 @@ from mindiesd.errors import ParametersInvalid
 # One module per family of targets; each holds a tuple called RECORDS.
 FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope")
 
+INSIDE = "inside"
+"""``Patch.reference`` of a replacement that has its parts verified, not the whole call."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
@@ -39,6 +42,9 @@ class Patch:
         parameters: the parameter names the target must have, or the record is skipped. ``None``
             for a builtin, which has no signature to compare.
         keep_in: modules whose own reference to the target is left alone by the identity sweep.
+        reference: ``"module:function"`` that gives ``verify=N`` its float64 result, see
+            :func:`mindiesd.patches.verify.watch`; empty: the original, called with float64
+            arguments; :data:`INSIDE`: the replacement verifies its parts itself.
     """
 
     name: str
@@ -54,6 +60,7 @@ class Patch:
     requires: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     parameters: tuple[str, ...] | None = None
     keep_in: tuple[str, ...] = ()
+    reference: str = ""
 
     @property
     def target(self) -> str:
@@ -88,8 +95,8 @@ def select(
     Raises:
         ParametersInvalid: a name is neither a record nor a family.
     """
-    wanted = _words("only", only)
-    unwanted = _words("skip", skip) or frozenset()
+    wanted = words("only", only)
+    unwanted = words("skip", skip) or frozenset()
     return tuple(
         record
         for record in records()
@@ -98,11 +105,16 @@ def select(
     )
 
 
-def _words(argument: str, value: str | Iterable[str] | None) -> frozenset[str] | None:
+def words(argument: str, value: str | Iterable[str] | None) -> frozenset[str] | None:
+    """The names in ``only`` or ``skip``, or None.
+
+    Raises:
+        ParametersInvalid: a name is neither a record nor a family.
+    """
     if value is None:
         return None
-    words = [value] if isinstance(value, str) else list(value)
-    split = frozenset(part.strip() for word in words for part in word.split(",") if part.strip())
+    texts = [value] if isinstance(value, str) else list(value)
+    split = frozenset(part.strip() for word in texts for part in word.split(",") if part.strip())
     for word in sorted(split):
         if word not in names():
             raise ParametersInvalid(argument, word, "any of " + ", ".join(names()))

@@ -53,6 +53,11 @@ class PatchReport:
         rebound: other places that held the original and now hold the replacement.
         unreached: places that hold the original and were left alone; calls made through them are
             not redirected.
+        verified: calls that ``verify=N`` ran both ways and found right.
+        largest_error: of those, the largest root-mean-square error relative to the result.
+        failed_verification: calling lines that went back to the original, each with what was
+            wrong and what the call was.
+        without_reference: why a call was compared with the original alone -> such calls.
     """
 
     name: str
@@ -68,6 +73,10 @@ class PatchReport:
     fell_back: dict[str, int] = field(default_factory=dict)
     rebound: list[str] = field(default_factory=list)
     unreached: list[str] = field(default_factory=list)
+    verified: int = 0
+    largest_error: float = 0.0
+    failed_verification: list[str] = field(default_factory=list)
+    without_reference: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -115,6 +124,12 @@ class Report:
             f"{_spaced(self.redirected)} calls redirected",
             f"{_spaced(self.fell_back)} fell back",
         ]
+        verified = sum(patch.verified for patch in self.patches)
+        failed = sum(len(patch.failed_verification) for patch in self.patches)
+        if verified or failed:
+            parts.append(f"{_spaced(verified)} verified")
+        if failed:
+            parts.append(f"{failed} lines FAILED verification")
         if self.traced:
             parts.append(f"{_spaced(self.traced)} compiled in")
         for status in ("skipped", "pending"):
@@ -208,12 +223,58 @@ def _add(into: PatchReport, other: PatchReport) -> None:
     into.traced += other.traced
     for reason, count in other.fell_back.items():
         into.fell_back[reason] = into.fell_back.get(reason, 0) + count
+    into.verified += other.verified
+    into.largest_error = max(into.largest_error, other.largest_error)
+    into.failed_verification = list(
+        dict.fromkeys(into.failed_verification + other.failed_verification)
+    )
+    for reason, count in other.without_reference.items():
+        into.without_reference[reason] = into.without_reference.get(reason, 0) + count
     into.rebound = list(dict.fromkeys(into.rebound + other.rebound))
     into.unreached = list(dict.fromkeys(into.unreached + other.unreached))
 
 
 def _spaced(number: int) -> str:
     return f"{number:,}".replace(",", " ")
+
+
+def _is_quiet(patch: PatchReport) -> bool:
+    """Whether one line for several patches says all there is to say of this one."""
+    return not (patch.redirected or patch.traced or patch.fell_back or patch.unreached)
+
+
+def _quiet_because(patch: PatchReport) -> str:
+    if patch.status == "applied":
+        return "applied, never called"
+    if patch.status == "pending":
+        return "pending, module never imported"
+    return f"{patch.status}, {patch.reason}"
+
+
+def _remarks(patch: PatchReport) -> list[str]:
+    remarks = [f"{patch.target} → {patch.becomes}"]
+    if patch.reason:
+        remarks.append(patch.reason)
+    if patch.traced:
+        remarks.append(f"{_spaced(patch.traced)} calls compiled into graphs")
+    remarks += [
+        f"fell back {_spaced(count)} ×: {reason}"
+        for reason, count in sorted(patch.fell_back.items(), key=lambda item: -item[1])
+    ]
+    if patch.verified:
+        remarks.append(
+            f"{_spaced(patch.verified)} calls verified, largest error {patch.largest_error:.1e}"
+        )
+    remarks += [f"FAILED verification: {failure}" for failure in patch.failed_verification]
+    remarks += [
+        f"{_spaced(count)} compared with the original alone: {reason}"
+        for reason, count in patch.without_reference.items()
+    ]
+    if patch.rebound:
+        remarks.append("also rebound: " + ", ".join(patch.rebound))
+    if patch.unreached:
+        remarks.append("not reached: " + ", ".join(patch.unreached))
+    return remarks
 
 
 def render(report: Report, width: int | None = None, color: bool = False) -> str:
@@ -239,34 +300,28 @@ def render(report: Report, width: int | None = None, color: bool = False) -> str
     table.add_column("fell back", justify="right", no_wrap=True)
     table.add_column("target and remarks", overflow="fold")
     styles = {"applied": "green", "pending": "yellow", "skipped": "red"}
+    quiet: dict[str, list[str]] = {}
     for patch in report.patches:
-        remarks = [f"{patch.target} → {patch.becomes}"]
-        if patch.reason:
-            remarks.append(patch.reason)
-        if patch.status == "applied" and not (patch.redirected or patch.traced or patch.fell_back):
-            remarks.append("never called")
-        if patch.traced:
-            remarks.append(f"{_spaced(patch.traced)} calls compiled into graphs")
-        remarks += [
-            f"fell back {_spaced(count)} ×: {reason}"
-            for reason, count in sorted(patch.fell_back.items(), key=lambda item: -item[1])
-        ]
-        if patch.rebound:
-            remarks.append("also rebound: " + ", ".join(patch.rebound))
-        if patch.unreached:
-            remarks.append("not reached: " + ", ".join(patch.unreached))
+        if _is_quiet(patch):
+            quiet.setdefault(_quiet_because(patch), []).append(patch.name)
+            continue
         table.add_row(
             patch.name,
             Text(patch.status, style=styles.get(patch.status, "")),
             _spaced(patch.redirected),
             _spaced(sum(patch.fell_back.values())),
-            Text("\n".join(remarks)),
+            Text("\n".join(_remarks(patch))),
         )
     out = io.StringIO()
     columns = width or shutil.get_terminal_size((120, 24)).columns
     console = Console(file=out, width=columns, force_terminal=color, color_system="auto")
     console.print(report.summary(), highlight=False, markup=False)
-    console.print(table)
+    if table.row_count:
+        console.print(table)
+    for because, names in quiet.items():
+        console.print(
+            f"{because} ({len(names)}): {', '.join(names)}", highlight=False, markup=False
+        )
     for note in report.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     return out.getvalue().rstrip() + "\n"

@@ -95,7 +95,7 @@ def build_functional(original: Any, site: Site) -> Callable[..., Any]:
     ) -> Tensor:
         if has_torch_function_variadic(input, weight):
             result: Tensor = handle_torch_function(
-                rms_norm, (input, weight), input, normalized_shape, weight=weight, eps=eps
+                site.installed, (input, weight), input, normalized_shape, weight=weight, eps=eps
             )
             return result
         if site.everywhere or site.in_force():

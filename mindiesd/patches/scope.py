@@ -12,7 +12,9 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable
+from typing import Any
 
+from mindiesd.patches import verify
 from mindiesd.patches.ledger import Ledger
 
 LOCAL = threading.local()
@@ -30,14 +32,21 @@ class Token:
         active: False once the block has ended.
         names: the patches that are in force in the block.
         ledger: where the block's calls are counted.
+        verification: what ``verify=N`` of this block found; ``None`` where nothing is verified.
         key: unique text; a constant to Dynamo, which an object is not.
     """
 
-    def __init__(self, names: frozenset[str], ledger: Ledger) -> None:
+    def __init__(
+        self,
+        names: frozenset[str],
+        ledger: Ledger,
+        verification: verify.Verification | None = None,
+    ) -> None:
         """Open a scope in which the patches called ``names`` are in force."""
         self.active = True
         self.names = names
         self.ledger = ledger
+        self.verification = verification
         self.key = f"block {next(_numbers)}"
         _tokens[self.key] = self
 
@@ -51,12 +60,22 @@ class Site:
 
     A replacement asks ``everywhere or in_force()`` whether it may act here and ``takes(reason)``
     whether to take the call, which also counts the outcome.
+
+    Attributes:
+        name: the patch's name.
+        everywhere: whether it is in force in the whole process.
+        watching: whether what is installed is the replacement inside ``verify.watch``.
+        verification: what ``verify=N`` of ``patch_all`` found; ``None``: nothing is verified.
+        installed: what stands at the target, once something does.
     """
 
     def __init__(self, name: str) -> None:
         """Describe the patch called ``name``, in force nowhere yet."""
         self.name = name
         self.everywhere = False
+        self.watching = False
+        self.verification: verify.Verification | None = None
+        self.installed: Any = None
         self.count_to(Ledger())
 
     def arm(self) -> None:
@@ -76,6 +95,11 @@ class Site:
     def count_to(self, ledger: Ledger) -> None:
         """Count the calls that are under no token in this ledger from now on."""
         self._own = ledger[self.name]
+
+    def verification_now(self) -> verify.Verification | None:
+        """The verification that the current call belongs to; ``None``: it is not verified."""
+        token = getattr(LOCAL, "token", None) if OPEN else None
+        return self.verification if token is None else token.verification
 
     def in_force(self) -> bool:
         """Whether the current call is one that this patch may redirect."""
@@ -100,6 +124,8 @@ class Site:
         else:
             token = getattr(LOCAL, "token", None) if OPEN else None
             counts = self._own if token is None else token.ledger[self.name]
+            if self.watching:
+                reason = verify.note(reason)
             if reason is None:
                 counts.redirected()
             else:

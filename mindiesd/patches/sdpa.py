@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mindiesd.patches import law
+from mindiesd.patches import law, verify
 from mindiesd.patches.registry import Patch
 from mindiesd.patches.scope import Site
 
@@ -38,6 +38,7 @@ RECORDS = (
         requires={"torch": ">=2.5"},
         # The builtin's own home: PyTorch's nested tensors compare with it by identity.
         keep_in=("torch._C",),
+        reference="mindiesd.patches.sdpa:reference",
     ),
 )
 
@@ -66,7 +67,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                 # Modes and subclasses compare the function they are given with the public name
                 # (diffusers' layer skipping does), so they must see this function.
                 result: Tensor = handle_torch_function(
-                    scaled_dot_product_attention,
+                    site.installed,
                     (query, key, value, attn_mask),
                     query,
                     key,
@@ -78,7 +79,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                     enable_gqa=enable_gqa,
                 )
                 return result
-        elif not isinstance(query, Tensor) and _is_bound(query, scaled_dot_product_attention):
+        elif not isinstance(query, Tensor) and _is_bound(query, site.installed):
             return scaled_dot_product_attention(
                 key, value, *_shifted(attn_mask, dropout_p, is_causal, scale, enable_gqa)
             )
@@ -145,6 +146,56 @@ def _shifted(attn_mask: Any, dropout_p: Any, is_causal: Any, scale: Any, enable_
             if type(scale) is bool:
                 causal, scale = scale, None
     return value, mask, dropout, causal, scale, enable_gqa
+
+
+_REFERENCE_WORK = 2**28
+"""Multiplications that the reference of one call may take; more query rows are left out."""
+
+
+def reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Attention in float64, from its formula, for some of the query rows of one call.
+
+    ``softmax(query · keyᵀ · scale + mask) · value``; a row that sees no key gives zeros.
+
+    Returns:
+        The result of those rows, ``[B, N, rows, D]`` on the CPU, and what picks them from a whole
+        result.
+    """
+    import torch
+
+    def exact(tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu().double()
+
+    batch, heads, length, head_dim = query.shape
+    keys = key.shape[2]
+    row_work = max(1, batch * heads * keys * (head_dim + value.shape[3]))
+    rows = torch.tensor(verify.sample_rows(length, max(2, _REFERENCE_WORK // row_work)))
+    share = heads // key.shape[1]
+    key = exact(key).repeat_interleave(share, dim=1)
+    value = exact(value).repeat_interleave(share, dim=1)
+    scores = exact(query[:, :, rows.to(query.device)]) @ key.transpose(2, 3)
+    scores *= head_dim**-0.5 if scale is None else scale
+    if attn_mask is not None:
+        mask = attn_mask.detach().cpu()
+        if mask.dim() > 1 and mask.shape[-2] == length and length > 1:
+            mask = mask[..., rows, :]
+        if mask.dtype is torch.bool:
+            scores = scores.masked_fill(~mask, -torch.inf)
+        else:
+            scores = scores + mask.double()
+    if is_causal:
+        scores = scores.masked_fill(rows[:, None] < torch.arange(keys), -torch.inf)
+    weights = scores.softmax(dim=-1).masked_fill((scores == -torch.inf).all(-1, True), 0.0)
+    return weights @ value, lambda whole: whole[:, :, rows.to(whole.device)]
 
 
 def after_install(replacement: Callable[..., Any]) -> None:

@@ -125,7 +125,9 @@ def _thirds(x: Tensor, tables: Any, positions: Any) -> list[Tensor]:
 
 def _glm(x: Tensor, cos: Tensor, sin: Tensor, axis: int = 1) -> Tensor:
     half = cos.shape[-1] // 2
-    z = product(x[..., : 2 * half], torch.complex(cos.double(), sin.double())[..., :half].unsqueeze(axis))
+    z = product(
+        x[..., : 2 * half], torch.complex(cos.double(), sin.double())[..., :half].unsqueeze(axis)
+    )
     return torch.cat((z[0], x[..., 2 * half :].double()), -1)
 
 
@@ -172,8 +174,9 @@ def _cast(x: Tensor, cos: Tensor, sin: Tensor) -> list[Tensor]:
 
 HALF = (torch.bfloat16, torch.float16)
 
-_QWEN = (lambda s, d: (bsnd(s, d), polar(s.length, s.half), False)), (
-    lambda x, table, real: product(x, table[:, None])
+_QWEN = (
+    (lambda s, d: (bsnd(s, d), polar(s.length, s.half), False)),
+    (lambda x, table, real: product(x, table[:, None])),
 )
 _FLAT = _flat, (lambda x, freqs: [oracles.rope(x, *freqs, True)])
 _ANYFLOW = (lambda s, d: (bnsd(s, d), polar(1, 1, s.length, s.half, dtype=torch.float64))), product

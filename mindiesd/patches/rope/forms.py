@@ -234,8 +234,7 @@ def fits(x: Tensor, tables: Tables, partial: bool) -> bool:
         return False
     # From the right: the table may lack leading dimensions.
     return all(
-        have == 1 or have == whole
-        for have, whole in zip(table[-2::-1], size[-2::-1], strict=False)
+        have == 1 or have == whole for have, whole in zip(table[-2::-1], size[-2::-1], strict=False)
     )
 
 

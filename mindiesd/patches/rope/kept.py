@@ -14,7 +14,7 @@ captured, and inside function transforms and dispatch modes.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from typing import Any, TypeAlias
 
 import torch
@@ -37,7 +37,7 @@ KINDS = 16
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buffer") else (Tensor,)
 
 _dynamo: Callable[[], bool] = torch.compiler.is_dynamo_compiling
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
@@ -127,9 +127,7 @@ class Kept:
             if entry is not None and any(mark[0] is reference for mark in entry.marks):
                 entries.pop(key, None)
 
-        entry = _Entry(
-            tuple((weakref.ref(s, forget), s._version, s.data_ptr()) for s in sources)
-        )
+        entry = _Entry(tuple((weakref.ref(s, forget), s._version, s.data_ptr()) for s in sources))
         if len(entries) >= SOURCES:
             entries.clear()
         entries[key] = entry
@@ -155,7 +153,7 @@ def _place(x: Tensor) -> Any:
 
 # Inference tensors have no version to keep a decision by. Whether their numbers are within bounds
 # is remembered all the same: asking waits for the device, and would at every call.
-_looked_at = torch.utils.weak.WeakIdKeyDictionary()
+_looked_at: MutableMapping[Tensor, bool] = torch.utils.weak.WeakIdKeyDictionary()
 
 
 def _within_one(sources: Sources, tables: Tables) -> bool:

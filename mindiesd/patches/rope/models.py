@@ -5,9 +5,7 @@ from __future__ import annotations
 from mindiesd.patches.registry import Patch
 from mindiesd.patches.rope.family import Family
 
-QWEN = Family(
-    call="complex_or_real", form=lambda forms: forms.complex_numbers(1), interleaved=True
-)
+QWEN = Family(call="complex_or_real", form=lambda forms: forms.complex_numbers(1), interleaved=True)
 FLAT = Family(call="one", form=lambda forms: forms.full(), interleaved=True, dims=3, sources=2)
 SPLIT = Family(
     call="one",
@@ -62,9 +60,7 @@ MINIMAX_MUSIC3 = Family(
     partial=True,
     sources=2,
 )
-STABLE_AUDIO3 = Family(
-    call="one", form=lambda forms: forms.angles, interleaved=False, partial=True
-)
+STABLE_AUDIO3 = Family(call="one", form=lambda forms: forms.angles, interleaved=False, partial=True)
 ANIMA = Family(
     call="unsqueezed",
     form=lambda forms: forms.full(None, model_dtype=True),

@@ -39,7 +39,7 @@ class Rotation(NamedTuple):
 
 def rotation(family: Family) -> Rotation:
     """The steps of a family."""
-    form = family.form(forms)
+    form: forms.Form = family.form(forms)
     seen, back = _VIEWS[family.view]
     partial, dims = family.partial, family.dims
 

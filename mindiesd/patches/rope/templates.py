@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from types import FunctionType
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
@@ -35,6 +35,7 @@ def one(family: Family, original: FunctionType, site: Site, steps: Rotation) -> 
 
     def rotary(x: Any, table: Any) -> Any:
         if site.everywhere or site.in_force():
+            found: Any
             if not pair:
                 found = read(x, (table,))
             elif type(table) in (tuple, list) and len(table) == 2:
@@ -45,7 +46,7 @@ def one(family: Family, original: FunctionType, site: Site, steps: Rotation) -> 
                 return turn(x, found)
         return original(x, table)
 
-    return named_as(rotary, original)
+    return named_as(cast(FunctionType, rotary), original)
 
 
 def both(family: Family, original: FunctionType, site: Site, steps: Rotation) -> Callable[..., Any]:
@@ -56,6 +57,8 @@ def both(family: Family, original: FunctionType, site: Site, steps: Rotation) ->
     def rotary(xq: Any, xk: Any, freqs_cis: Any) -> Any:
         if site.everywhere or site.in_force():
             sources = freqs_cis if pair else (freqs_cis,)
+            of_query: Any
+            of_key: Any
             if type(sources) not in (tuple, list) or len(sources) != family.sources:
                 of_query = of_key = law.UNUSUAL_ARGUMENT
             else:
@@ -80,7 +83,7 @@ def complex_or_real(
         use_real_unbind_dim: int = -1,
     ) -> Any:
         if site.everywhere or site.in_force():
-            found = REAL_TABLE if use_real else read(x, (freqs_cis,))
+            found: Any = REAL_TABLE if use_real else read(x, (freqs_cis,))
             if site.takes(_reason(found)):
                 return turn(x, found)
         return original(x, freqs_cis, use_real, use_real_unbind_dim)
@@ -96,7 +99,7 @@ def three(
 
     def rotary(hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Any:
         if site.everywhere or site.in_force():
-            found = read(hidden_states, (cos, sin))
+            found: Any = read(hidden_states, (cos, sin))
             if site.takes(_reason(found)):
                 return turn(hidden_states, found)
         return original(hidden_states, cos, sin)
@@ -151,7 +154,8 @@ def both_with_pair(
     def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Any:
         if site.everywhere or site.in_force():
             tables = (cos, sin)
-            of_query, of_key = read(q, tables), read(k, tables)
+            of_query: Any = read(q, tables)
+            of_key: Any = read(k, tables)
             if site.takes(_reason(of_query, of_key)):
                 return turn(q, of_query), turn(k, of_key)
         return original(q, k, cos, sin)

@@ -1,0 +1,326 @@
+"""``verify=N``: the first N redirected calls of each calling line run both ways and are judged.
+
+The judge is float64, not the original: the original is called once more with float64 arguments on
+the CPU, and ours may not be farther from that than the original is. A line that fails goes back to
+the original for the rest of the run and stands in the report.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FAILED = "failed verification at this line"
+"""The reason counted for calls from a line that was sent back to the original."""
+
+MARGIN = 1.1
+"""How much larger than the original's error ours may be, as root mean squares."""
+
+NOISE = 4.0
+"""Units in the last place, relative to the result, below which two errors are not told apart."""
+
+BLIND_NOISE = 32.0
+"""The same where no float64 reference could be had and ours is compared with the original."""
+
+_busy = threading.local()
+
+
+@dataclass
+class Place:
+    """One calling line of one patch.
+
+    Attributes:
+        where: ``file:line``.
+        left: how many more of its calls are verified.
+        verified: how many were, and passed.
+        error: largest root-mean-square error of a verified call, relative to the result.
+        failure: what was wrong with the call that failed; empty while none did.
+        unjudged: why calls could not be verified, with counts.
+    """
+
+    where: str
+    left: int
+    verified: int = 0
+    error: float = 0.0
+    failure: str = ""
+    unjudged: dict[str, int] = field(default_factory=dict)
+
+
+class Verification:
+    """What ``verify=N`` of one migration found so far."""
+
+    def __init__(self, calls: int) -> None:
+        """Verify the first ``calls`` redirected calls of each calling line."""
+        self.calls = calls
+        self._places: dict[tuple[str, object, int], Place] = {}
+
+    def place(self, patch: str, frame: FrameType) -> Place:
+        """The calling line that ``frame`` is at, first seen through ``patch``."""
+        key = (patch, frame.f_code, frame.f_lineno)
+        known = self._places.get(key)
+        if known is None:
+            where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
+            known = self._places.setdefault(key, Place(where, self.calls))
+        return known
+
+    def places(self, patch: str) -> list[Place]:
+        """The calling lines of one patch that were looked at."""
+        return [place for key, place in list(self._places.items()) if key[0] == patch]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How ours and the original's result compare with the reference.
+
+    Attributes:
+        passed: ours is at least as good.
+        error: our root-mean-square error, relative to the reference's size.
+        why: what is wrong; empty when it passed.
+    """
+
+    passed: bool
+    error: float
+    why: str
+
+
+def judge(ours: Any, theirs: Any, reference: Any) -> Verdict:
+    """Whether ``ours`` is at least as accurate as ``theirs``.
+
+    Args:
+        ours: a tensor, or a tuple or list of them.
+        theirs: the original's result, of the same structure.
+        reference: the same in float64; ``None``: ours is compared with theirs alone.
+    """
+    ours, theirs = _tensors(ours), _tensors(theirs)
+    if len(ours) != len(theirs):
+        return Verdict(False, 0.0, f"{len(ours)} results instead of {len(theirs)}")
+    exact = [None] * len(ours) if reference is None else _tensors(reference)
+    worst = 0.0
+    for mine, original, truth in zip(ours, theirs, exact, strict=True):
+        verdict = _judge_one(mine, original, truth)
+        worst = max(worst, verdict.error)
+        if not verdict.passed:
+            return verdict
+    return Verdict(True, worst, "")
+
+
+def _judge_one(ours: Tensor, theirs: Tensor, reference: Tensor | None) -> Verdict:
+    import torch
+
+    for what in ("dtype", "shape", "device"):
+        mine, original = getattr(ours, what), getattr(theirs, what)
+        if mine != original:
+            return Verdict(False, 0.0, f"{what} {mine} instead of {original}")
+    if not ours.dtype.is_floating_point:
+        same = torch.equal(ours, theirs)
+        return Verdict(same, 0.0, "" if same else "other values")
+    mine, original = ours.detach().cpu().double(), theirs.detach().cpu().double()
+    blind = reference is None
+    truth = original if reference is None else reference.detach().cpu().double()
+    finite = mine.isfinite()
+    # An infinity or NaN of ours is right where the original has one as well.
+    if bool((original.isfinite() & ~finite).any()):
+        return Verdict(False, 0.0, "not finite where the original is")
+    if blind and bool((finite & ~original.isfinite()).any()):
+        return Verdict(False, 0.0, "finite where the original is not")
+    both = finite & original.isfinite() & truth.isfinite()
+    mine, original, truth = mine[both], original[both], truth[both]
+    size = _rms(truth)
+    error, theirs_error = _rms(mine - truth), _rms(original - truth)
+    relative = error / size if size else error
+    unit = torch.finfo(ours.dtype).eps
+    allowed = max(MARGIN * theirs_error, (BLIND_NOISE if blind else NOISE) * unit * size)
+    if error <= allowed:
+        return Verdict(True, relative, "")
+    against = "the original" if blind else "float64"
+    return Verdict(
+        False,
+        relative,
+        f"error {error:.3g} against {against}, the original's is {theirs_error:.3g}",
+    )
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt()) if values.numel() else 0.0
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    from torch import Tensor
+
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, (tuple, list)):
+        return [tensor for part in result for tensor in _tensors(part)]
+    return []
+
+
+def watch(
+    replacement: Callable[..., Any],
+    original: Callable[..., Any],
+    verification_now: Callable[[], Verification | None],
+    name: str,
+    reference: Callable[..., Any] | None = None,
+) -> Callable[..., Any]:
+    """``replacement``, verified.
+
+    Args:
+        replacement: the function that redirects or calls ``original``; its ``Site`` must be
+            ``watching``, so that it tells whether it took the call.
+        original: what it replaces.
+        verification_now: the verification that the current call belongs to, if any.
+        name: the patch's name.
+        reference: called with the arguments, returns the float64 result and, with it, a function
+            that picks the same part from a result of the call; ``None``: the original is called
+            with float64 arguments on the CPU.
+    """
+    import torch
+
+    tracing = torch.compiler.is_dynamo_compiling
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        if tracing():
+            return replacement(*args, **kwargs)
+        if getattr(_busy, "verifying", False):
+            # Inside the original of a call that is being verified: all of it must be original.
+            return original(*args, **kwargs)
+        verification = verification_now()
+        if verification is None:
+            return replacement(*args, **kwargs)
+        place = verification.place(name, _caller())
+        if place.left <= 0 and not place.failure:
+            return replacement(*args, **kwargs)
+        _busy.blocked = bool(place.failure)
+        _busy.taken = False
+        try:
+            ours = replacement(*args, **kwargs)
+        finally:
+            _busy.blocked = False
+        if not _busy.taken:
+            return ours
+        place.left -= 1
+        _busy.verifying = True
+        try:
+            return _compare(place, ours, original, reference, args, kwargs)
+        finally:
+            _busy.verifying = False
+
+    functools.update_wrapper(watched, replacement)
+    vars(watched)["__signature__"] = inspect.signature(replacement)
+    return watched
+
+
+def note(reason: str | None) -> str | None:
+    """Note whether the current call is taken, and refuse it where its line failed before."""
+    if reason is None and getattr(_busy, "blocked", False):
+        reason = FAILED
+    _busy.taken = reason is None
+    return reason
+
+
+def _caller() -> FrameType:
+    """The innermost frame of the caller that is neither ours nor torch's."""
+    frame = first = sys._getframe(2)
+    while True:
+        module = frame.f_globals.get("__name__", "")
+        if module != "torch" and not module.startswith(("torch.", "mindiesd.")):
+            return frame
+        if frame.f_back is None:
+            return first
+        frame = frame.f_back
+
+
+def _compare(
+    place: Place,
+    ours: Any,
+    original: Callable[..., Any],
+    reference: Callable[..., Any] | None,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    """Judge one call; returns what the caller gets: ours, or the original's when ours failed."""
+    theirs = original(*args, **kwargs)
+    pick: Callable[[Any], Any] = _whole
+    truth: Any = None
+    try:
+        if reference is None:
+            truth = original(*_double(args), **_double(kwargs))
+        else:
+            truth, pick = reference(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - many originals do not take float64, or not the CPU
+        reason = f"no float64 reference: {type(error).__name__}"
+        place.unjudged[reason] = place.unjudged.get(reason, 0) + 1
+        truth, pick = None, _whole
+    verdict = judge(pick(ours), pick(theirs), truth)
+    if verdict.passed:
+        place.verified += 1
+        place.error = max(place.error, verdict.error)
+        return ours
+    place.failure = f"{verdict.why}; {_describe(args, kwargs)}"
+    return theirs
+
+
+def _whole(result: Any) -> Any:
+    return result
+
+
+def _double(value: Any) -> Any:
+    """``value`` with every floating tensor in float64 on the CPU; modules are copied."""
+    from torch import Tensor, complex128, float64
+    from torch.nn import Module
+
+    if isinstance(value, Tensor):
+        there = value.detach().cpu()
+        if there.is_complex():
+            return there.to(complex128)
+        return there.to(float64) if there.is_floating_point() else there
+    if isinstance(value, Module):
+        copied = copy.deepcopy(value).cpu().double()
+        return copied
+    if isinstance(value, tuple) and not hasattr(value, "_fields"):
+        return tuple(_double(part) for part in value)
+    if isinstance(value, list):
+        return [_double(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _double(part) for key, part in value.items()}
+    return value
+
+
+def _describe(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """The arguments in a few words: shapes, dtypes, devices, plain values."""
+    words = [_word(value) for value in args]
+    words += [f"{key}={_word(value)}" for key, value in kwargs.items()]
+    return "called with " + ", ".join(words)
+
+
+def _word(value: Any) -> str:
+    from torch import Tensor
+    from torch.nn import Module
+
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"{dtype}{list(value.shape)} on {value.device}"
+    if isinstance(value, Module):
+        return type(value).__name__
+    if isinstance(value, (tuple, list)):
+        return "(" + ", ".join(map(_word, value)) + ")"
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def sample_rows(total: int, most: int) -> list[int]:
+    """At most ``most`` of ``total`` rows, evenly spread, first and last among them."""
+    if total <= most or total < 2:
+        return list(range(total))
+    if most < 2:
+        return [total - 1]
+    return sorted({round(row * (total - 1) / (most - 1)) for row in range(most)})
