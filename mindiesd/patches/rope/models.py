@@ -78,7 +78,7 @@ ALLEGRO = Family(
 
 _ONCE = "float32 inside and one rounding, as the original"
 _NO_CAST = "float32 inside and one rounding, where the original rounds every step"
-_COMPLEX = "one npu_rotary_mul kernel instead of a cast, a complex product and a cast"
+_COMPLEX = "npu_rotary_mul on real numbers in place of a product of complex ones"
 _STEPS = "one npu_rotary_mul kernel instead of rearranging, casts, two products and a sum"
 _TRANSFORMERS = "diffusers.models.transformers"
 

@@ -146,8 +146,13 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         cos, sin = cos[None], sin[None]
     cos, sin = _narrowed(cos), _narrowed(sin)
     series = soc.series()
-    # A transposed view is rotated in the order of its memory.
-    orders = (True, False) if x.dim() == 4 and not x.is_contiguous() and turned(x) else (False,)
+    # A transposed view is rotated in the order of its memory. The other order may be inside the
+    # limits where the first is not, and costs a copy.
+    orders: tuple[bool, ...] = (False, True)
+    if x.dim() != 4:
+        orders = (False,)
+    elif not x.is_contiguous() and turned(x):
+        orders = (True, False)
     for swapped in orders:
         tables = (cos.transpose(1, 2), sin.transpose(1, 2)) if swapped else (cos, sin)
         x_in = x.transpose(1, 2) if swapped else x
