@@ -119,6 +119,30 @@ def _allegro() -> dict[str, Any]:
 
 ALLEGRO = Tiny(
     MODELS["allegro"].cls,
-    {**MODELS["allegro"].config, "attention_head_dim": 12, "num_layers": 2},
+    {
+        **MODELS["allegro"].config,
+        "attention_head_dim": 12,
+        "cross_attention_dim": 24,
+        "num_layers": 2,
+    },
     _allegro,
 )
+
+_MODELS = (
+    "flux",
+    "cogvideox",
+    "cogview4",
+    "hidream",
+    "hunyuan_video",
+    "joyimage",
+    "longcat_audio",
+    "ltx",
+    "lumina_next",
+    "lumina2",
+    "omnigen",
+    "prx",
+    "qwenimage",
+    "stable_audio",
+    "stable_audio3",
+)
+MODELS_WITH_ROPE = {**{name: MODELS[name] for name in _MODELS}, "allegro": ALLEGRO, **ENCODERS}

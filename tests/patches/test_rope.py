@@ -20,7 +20,9 @@ from mindiesd.patches import law
 from mindiesd.patches.rope import LEFT, forms
 from mindiesd.patches.rope.kept import SOURCES
 from tests import oracles
+from tests.emulator.tiny_models import first_tensor
 from tests.patches.rope_cases import CASES, HALF, Case, Sizes, polar, uniform
+from tests.patches.rope_models import MODELS_WITH_ROPE
 from tests.patches.rope_pair import RECORDS, Pair, listed, pair
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -148,7 +150,7 @@ def test_tables_are_made_once_for_all_layers(monkeypatch) -> None:
     for _ in range(5):
         both.ours(x, table, False)
         both.ours(x[:1], table, False)
-    assert len(made) == 2  # once a shape of x
+    assert len(made) == 1
     assert both.counts()[0] == 10
 
 
@@ -268,7 +270,7 @@ def reason(both: Pair) -> str:
         (
             "ltx2_split_rope",
             lambda: (torch.randn(2, 3, 5, 8), tuple(uniform(2, 2, 3, 5, 4))),
-            "dim",
+            "shape",
         ),
     ],
 )
@@ -427,3 +429,94 @@ def test_a_function_that_is_none_any_more_is_skipped_with_the_reason() -> None:
 
 def _scripted(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
     return q + k
+
+
+# Whole models.
+
+
+def run(tiny: Any, model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return first_tensor(model(**tiny.make_inputs()))
+
+
+@pytest.mark.parametrize("name", MODELS_WITH_ROPE)
+def test_models_are_as_accurate_as_before(name: str) -> None:
+    tiny = MODELS_WITH_ROPE[name]
+    model = tiny.build()
+    expected = run(tiny, model)
+    migration = mindiesd.patch_all(only="rope")
+    redirected = run(tiny, model)
+    report = migration.report()
+    mindiesd.unpatch_all()
+    assert report.redirected or name == "lumina2", "its tables are complex128"
+    assert not report.fell_back or name == "lumina2", report.to_dict()
+    torch.testing.assert_close(redirected, expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(run(tiny, model), expected)
+
+
+# One model for each of the parameter lists.
+COMPILED = ("qwenimage", "ltx", "prx", "hidream", "joyimage", "llama", "glm", "qwen3", "allegro")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_whole(name: str, backend: str) -> None:
+    tiny = MODELS_WITH_ROPE[name]
+    model = tiny.build()
+    expected = run(tiny, model)
+    torch.compiler.reset()
+    migration = mindiesd.patch_all(only="rope")
+    compiled = torch.compile(model, backend=backend, fullgraph=name not in BREAKS)
+    torch.testing.assert_close(run(tiny, compiled), expected, rtol=1e-4, atol=1e-5)
+    report = migration.report()
+    assert report.traced and not report.fell_back
+    mindiesd.unpatch_all()
+    torch.testing.assert_close(run(tiny, compiled), expected, rtol=1e-4, atol=1e-5)
+
+
+# What the originals cannot do in one graph either.
+BREAKS: frozenset[str] = frozenset()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_alone_in_one_graph(name: str) -> None:
+    """Also with tables that change between calls: nothing of them is baked in."""
+    if RECORDS[name].build in {RECORDS[other].build for other in [*CASES][: [*CASES].index(name)]}:
+        return  # the same replacement as one before
+    case, both = CASES[name], Pair(name)
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *args: both.ours(*args), backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        args = case.make(Sizes(), torch.bfloat16)
+        for mine, oracle in zip(listed(compiled(*args)), case.expect(*args), strict=True):
+            oracles.assert_close(mine, oracle)
+    traced = both.counts()[1]
+    assert traced and not both.counts()[2]
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_exported(strict: bool) -> None:
+    both = Pair("qwenimage_rope")
+
+    class Rotate(torch.nn.Module):
+        def forward(self, x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+            return both.ours(x, table, False)
+
+    args = torch.randn(2, 5, 3, 8), polar(5, 4)
+    both.ours(*args, False)  # already kept: must not be found by the exporter
+    with torch.no_grad():
+        exported = torch.export.export(Rotate(), args, strict=strict).module()
+    others = torch.randn(2, 5, 3, 8), polar(5, 4)
+    oracles.assert_close(exported(*others), CASES["qwenimage_rope"].expect(*others, 0)[0])
+
+
+def test_scoped_to_one_model() -> None:
+    tiny = MODELS_WITH_ROPE["qwenimage"]
+    one, other = tiny.build(), tiny.build()
+    with mindiesd.patch_pipeline(one, only="rope") as migration:
+        run(tiny, other)
+        assert not migration.report().redirected
+        run(tiny, one)
+        assert migration.report().redirected

@@ -20,6 +20,7 @@ class Family:
         form: given :mod:`.forms`, which of its functions reads the tables.
         interleaved: whether neighbouring channels are pairs, not channels of the two halves.
         partial: whether tables may be narrower than x, whose last channels then stay.
+        shared: whether the form looks at no more of x than its dtype and device.
         bounded: whether tables may be scaled, and are looked at before an Ascend kernel gets them.
         view: how x is seen while it is rotated: ``""`` as it is; ``"folded"``, with its last
             dimensions cut up as the tables' are; ``"transposed"``, with the last two exchanged.
@@ -31,6 +32,7 @@ class Family:
     form: Callable[[Any], Any]
     interleaved: bool
     partial: bool = False
+    shared: bool = True
     bounded: bool = False
     view: str = ""
     dims: int = 4

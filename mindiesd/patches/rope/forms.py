@@ -11,24 +11,20 @@ dimensions as x, or why it does not: then the original is called.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mindiesd.patches import law
-from mindiesd.patches.rope.kept import Sources, Tables
+from mindiesd.patches.rope.kept import TABLE_SHAPE, Form, Sources, Tables
 
 FLOAT64 = "the original computes in float64"
-TABLE_SHAPE = "tables are not of this input's shape"
 TABLE_DEVICE = "tables on another device than the input"
 
 HALF = (torch.bfloat16, torch.float16)
 HALF_OR_SINGLE = (torch.float32, *HALF)
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-
-Form = Callable[[Tensor, Sources, Any], Tables | str]
 
 
 def full(

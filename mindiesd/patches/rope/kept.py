@@ -25,9 +25,10 @@ from mindiesd.ops.backends.npu.derived import current_stream
 
 Tables: TypeAlias = tuple[Tensor, Tensor]
 Sources: TypeAlias = tuple[Tensor, ...]
-# From x, the tables a model passed and other facts: cos and sin, or why x is not rotated by them.
-Decide: TypeAlias = Callable[[Tensor, Sources, Any], Tables | str]
+# From x, the tables a model passed and other facts: cos and sin, or why there are none.
+Form: TypeAlias = Callable[[Tensor, Sources, Any], Tables | str]
 
+TABLE_SHAPE = "tables are not of this input's shape"
 RANGE = "tables outside of [-1, 1], which the Ascend kernel documents"
 
 # Tables met at the same time, and kinds of x that meet one table.
@@ -42,12 +43,13 @@ _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
 class _Entry:
-    """What was decided for some table objects, by kind of x."""
+    """What was made of some table objects, and decided, by kind of x."""
 
-    __slots__ = ("decided", "marks")
+    __slots__ = ("decided", "made", "marks")
 
     def __init__(self, marks: tuple[tuple[weakref.ref[Tensor], int, int], ...]) -> None:
         self.marks = marks
+        self.made: dict[Any, Tables | str] = {}
         self.decided: dict[Any, Tables | str] = {}
 
     def holds(self, sources: Sources) -> bool:
@@ -68,14 +70,21 @@ class Kept:
     """A table of decisions; safe to use from several threads.
 
     Attributes:
-        decide: makes a decision.
+        form: makes the tables.
+        fits: whether x can be rotated by them.
+        shared: whether the form looks at no more of x than its dtype and device, so that queries
+            and keys with fewer heads share tables.
         bounded: whether tables may hold other numbers than sines and cosines, so that they are
             looked at before an Ascend kernel gets them; that waits for the device, once a table.
     """
 
-    def __init__(self, decide: Decide, bounded: bool) -> None:
+    def __init__(
+        self, form: Form, fits: Callable[[Tensor, Tables], bool], shared: bool, bounded: bool
+    ) -> None:
         """Keep nothing yet."""
-        self.decide = decide
+        self.form = form
+        self.fits = fits
+        self.shared = shared
         self.bounded = bounded
         self._entries: dict[int, _Entry] = {}
 
@@ -84,7 +93,7 @@ class Kept:
         return len(self._entries)
 
     def find(self, x: Tensor, sources: Sources, facts: Any = None) -> Tables | str:
-        """``decide(x, sources, facts)``, or what it said before of the same tables.
+        """cos and sin for x, or why it is not rotated by them; remembered with the tables.
 
         Args:
             x: what is to be rotated. Decisions depend on its shape, dtype and device only.
@@ -92,29 +101,43 @@ class Kept:
             facts: whatever else they depend on; hashable.
         """
         if _dynamo() or _modes() or _transforms() is not None or type(x) not in _PLAIN:
-            return self.decide(x, sources, facts)
+            return self._fitting(x, self.form(x, sources, facts))
         place = None
         if not x.is_cpu:
             place = _place(x)
             if place is None:
-                return self.decide(x, sources, facts)
+                return self._fitting(x, self.form(x, sources, facts))
         entry = self._entries.get(id(sources[0]))
         if entry is None or not entry.holds(sources):
             fresh = self._enter(sources)
             if fresh is None:
-                return self._checked(self.decide(x, sources, facts), x, sources)
+                return self._fitting(x, self._made(x, sources, sources, facts))
             entry = fresh
         kind = (x.shape, x.dtype, place, facts)
         found = entry.decided.get(kind)
         if found is None:
-            # Aliases that are no views: a view would keep the table itself alive.
-            aliases = tuple(source.data for source in sources)
-            with torch.inference_mode(False), torch.no_grad():
-                found = self._checked(self.decide(x, aliases, facts), x, sources)
+            key = kind[1:] if self.shared else kind
+            tables = entry.made.get(key)
+            if tables is None:
+                # Aliases that are no views: a view would keep the table itself alive.
+                aliases = tuple(source.data for source in sources)
+                with torch.inference_mode(False), torch.no_grad():
+                    tables = self._made(x, sources, aliases, facts)
             if len(entry.decided) >= KINDS:
                 entry.decided.clear()
-            entry.decided[kind] = found
+                entry.made.clear()
+            entry.made[key] = tables
+            found = entry.decided[kind] = self._fitting(x, tables)
         return found
+
+    def _fitting(self, x: Tensor, tables: Tables | str) -> Tables | str:
+        return tables if isinstance(tables, str) or self.fits(x, tables) else TABLE_SHAPE
+
+    def _made(self, x: Tensor, sources: Sources, aliases: Sources, facts: Any) -> Tables | str:
+        tables = self.form(x, aliases, facts)
+        if self.bounded and not isinstance(tables, str) and x.device.type == "npu":
+            return tables if _within_one(sources, tables) else RANGE
+        return tables
 
     def _enter(self, sources: Sources) -> _Entry | None:
         """A new entry, or None if nothing may be kept of these tables."""
@@ -132,11 +155,6 @@ class Kept:
             entries.clear()
         entries[key] = entry
         return entry
-
-    def _checked(self, found: Tables | str, x: Tensor, sources: Sources) -> Tables | str:
-        if self.bounded and not isinstance(found, str) and x.device.type == "npu":
-            return found if _within_one(sources, found) else RANGE
-        return found
 
 
 def _place(x: Tensor) -> Any:
@@ -162,7 +180,8 @@ def _within_one(sources: Sources, tables: Tables) -> bool:
     if known is None:
         # Sines and cosines may be one rounding beyond 1.
         limit = 1.0 + torch.finfo(tables[0].dtype).eps
-        known = all(torch.linalg.vector_norm(t, torch.inf).item() <= limit for t in tables)
+        largest = [torch.linalg.vector_norm(table, torch.inf) for table in tables]
+        known = torch.maximum(*largest).item() <= limit
         if first.is_inference():
             _looked_at[first] = known
     return bool(known)

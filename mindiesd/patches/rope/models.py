@@ -14,6 +14,7 @@ SPLIT = Family(
     dims=3,
     sources=2,
     view="folded",
+    shared=False,
 )
 ANYFLOW = Family(
     call="one", form=lambda forms: forms.complex_numbers(None, double=True), interleaved=True
@@ -36,7 +37,7 @@ PRX = Family(
 KANDINSKY6 = Family(
     call="one", form=lambda forms: forms.matrices(casts=True), interleaved=True, dims=0
 )
-HELIOS = Family(call="one", form=lambda forms: forms.joined, interleaved=True)
+HELIOS = Family(call="one", form=lambda forms: forms.joined, interleaved=True, shared=False)
 JOYIMAGE = Family(
     call="both", form=lambda forms: forms.full(0, 2, moves=True), interleaved=True, sources=2
 )
@@ -60,7 +61,9 @@ MINIMAX_MUSIC3 = Family(
     partial=True,
     sources=2,
 )
-STABLE_AUDIO3 = Family(call="one", form=lambda forms: forms.angles, interleaved=False, partial=True)
+STABLE_AUDIO3 = Family(
+    call="one", form=lambda forms: forms.angles, interleaved=False, partial=True, shared=False
+)
 ANIMA = Family(
     call="unsqueezed",
     form=lambda forms: forms.full(None, model_dtype=True),
@@ -73,6 +76,7 @@ ALLEGRO = Family(
     form=lambda forms: forms.three_axes,
     interleaved=False,
     view="folded",
+    shared=False,
     sources=9,
 )
 

@@ -17,8 +17,6 @@ from mindiesd.patches.rope.kept import Kept, Sources, Tables
 if TYPE_CHECKING:
     from mindiesd.patches.rope.family import Family
 
-LAYOUT = "input with another number of dimensions"
-
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -39,19 +37,13 @@ class Rotation(NamedTuple):
 
 def rotation(family: Family) -> Rotation:
     """The steps of a family."""
-    form: forms.Form = family.form(forms)
     seen, back = _VIEWS[family.view]
     partial, dims = family.partial, family.dims
 
-    def decide(x: Tensor, sources: Sources, fact: Any) -> Tables | str:
-        if dims and x.dim() != dims:
-            return LAYOUT
-        found = form(x, sources, fact)
-        if not isinstance(found, str) and not forms.fits(seen(x, found[0]), found, partial):
-            return forms.TABLE_SHAPE
-        return found
+    def fits(x: Tensor, tables: Tables) -> bool:
+        return (not dims or x.dim() == dims) and forms.fits(seen(x, tables[0]), tables, partial)
 
-    kept = Kept(decide, family.bounded)
+    kept = Kept(family.form(forms), fits, family.shared, family.bounded)
     return Rotation(reader(kept.find), _turner(family.interleaved, partial, seen, back), kept)
 
 

@@ -15,7 +15,6 @@ from mindiesd.patches.scope import Site
 if TYPE_CHECKING:
     from torch import Tensor
 
-TABLE_SHAPE = "table is not [S, D] of this input"
 LAYOUT = "not a 4-D input with even head_dim, or an unknown sequence_dim or unbind dim"
 
 RECORDS = (
@@ -43,10 +42,10 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``diffusers.models.embeddings.apply_rotary_emb``."""
     from mindiesd.ops import rope
     from mindiesd.patches.rope import forms
-    from mindiesd.patches.rope.kept import Kept, Sources, Tables
+    from mindiesd.patches.rope.kept import TABLE_SHAPE, Kept, Sources, Tables
     from mindiesd.patches.rope.rotation import reader
 
-    def decide_real(x: Tensor, sources: Sources, fact: Any) -> Tables | str:
+    def real(x: Tensor, sources: Sources, fact: Any) -> Tables | str:
         unbind, sequence_dim = fact
         size = x.shape
         if sequence_dim not in (1, 2) or unbind not in (-1, -2):
@@ -64,21 +63,18 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
             cos, sin = (t.expand(length, -1).contiguous() for t in (cos, sin))
         return (_in_head_first if sequence_dim == 2 else _in_sequence_first)(x, (cos, sin), None)
 
-    def decide_complex(x: Tensor, sources: Sources, fact: Any) -> Tables | str:
-        size, table = x.shape, sources[0].shape
-        if len(size) != 4 or size[3] % 2:
-            return LAYOUT
-        if len(table) != 3 or table[0] not in (1, size[0]):
-            return TABLE_SHAPE
-        if table[1:] != (size[1], size[3] // 2):
-            return TABLE_SHAPE
-        return _of_complex(x, sources, None)
+    def fits_complex(x: Tensor, tables: Tables) -> bool:
+        size, table = x.shape, tables[0].shape
+        return len(size) == 4 and table in (
+            (size[0], size[1], 1, size[3]),
+            (1, size[1], 1, size[3]),
+        )
 
     _in_head_first = forms.full(0, 0, moves=True)
     _in_sequence_first = forms.full(0, 2, moves=True)
-    _of_complex = forms.complex_numbers(2)
-    read_real = reader(Kept(decide_real, bounded=True).find)
-    read_complex = reader(Kept(decide_complex, bounded=True).find)
+    kept_real = Kept(real, lambda x, tables: True, shared=False, bounded=True)
+    kept_complex = Kept(forms.complex_numbers(2), fits_complex, shared=True, bounded=False)
+    read_real, read_complex = reader(kept_real.find), reader(kept_complex.find)
 
     def apply_rotary_emb(
         x: Tensor,
