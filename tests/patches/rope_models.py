@@ -130,7 +130,7 @@ ALLEGRO = Tiny(
 
 _MODELS = (
     "flux",
-    "cogvideox",
+    "cogvideox15",
     "cogview4",
     "hidream",
     "hunyuan_video",

@@ -139,7 +139,7 @@ def complex_pair() -> tuple[Pair, torch.Tensor, torch.Tensor]:
 def kept(both: Pair) -> Any:
     """The store behind a replacement."""
     cells = inspect.getclosurevars(both.ours).nonlocals
-    return inspect.getclosurevars(cells["read"]).nonlocals["find"].__self__
+    return inspect.getclosurevars(cells["read"]).nonlocals["kept"]
 
 
 def test_tables_are_made_once_for_all_layers(monkeypatch) -> None:
@@ -454,29 +454,20 @@ def test_models_are_as_accurate_as_before(name: str) -> None:
     assert torch.equal(run(tiny, model), expected)
 
 
-# One model for each of the parameter lists.
-COMPILED = ("qwenimage", "ltx", "prx", "hidream", "joyimage", "llama", "glm", "qwen3", "allegro")
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", COMPILED)
-def test_compiled_whole(name: str, backend: str) -> None:
+@pytest.mark.parametrize("name", ["qwenimage", "ltx", "glm"])
+def test_compiled_whole(name: str) -> None:
     tiny = MODELS_WITH_ROPE[name]
     model = tiny.build()
     expected = run(tiny, model)
     torch.compiler.reset()
     migration = mindiesd.patch_all(only="rope")
-    compiled = torch.compile(model, backend=backend, fullgraph=name not in BREAKS)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(run(tiny, compiled), expected, rtol=1e-4, atol=1e-5)
     report = migration.report()
     assert report.traced and not report.fell_back
     mindiesd.unpatch_all()
     torch.testing.assert_close(run(tiny, compiled), expected, rtol=1e-4, atol=1e-5)
-
-
-# What the originals cannot do in one graph either.
-BREAKS: frozenset[str] = frozenset()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -486,7 +477,7 @@ def test_compiled_alone_in_one_graph(name: str) -> None:
         return  # the same replacement as one before
     case, both = CASES[name], Pair(name)
     torch.compiler.reset()
-    compiled = torch.compile(lambda *args: both.ours(*args), backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(lambda *args: both.ours(*args), backend="eager", fullgraph=True)
     for _ in range(2):
         args = case.make(Sizes(), torch.bfloat16)
         for mine, oracle in zip(listed(compiled(*args)), case.expect(*args), strict=True):

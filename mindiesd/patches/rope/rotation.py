@@ -12,7 +12,7 @@ from torch.overrides import has_torch_function_variadic
 from mindiesd.ops import rope
 from mindiesd.patches import law
 from mindiesd.patches.rope import forms
-from mindiesd.patches.rope.kept import Kept, Sources, Tables
+from mindiesd.patches.rope.kept import Kept, Tables
 
 if TYPE_CHECKING:
     from mindiesd.patches.rope.family import Family
@@ -44,14 +44,19 @@ def rotation(family: Family) -> Rotation:
         return (not dims or x.dim() == dims) and forms.fits(seen(x, tables[0]), tables, partial)
 
     kept = Kept(family.form(forms), fits, family.shared, family.bounded)
-    return Rotation(reader(kept.find), _turner(family.interleaved, partial, seen, back), kept)
+    return Rotation(reader(kept), _turner(family.interleaved, partial, seen, back), kept)
 
 
-def reader(find: Callable[[Tensor, Sources, Any], Tables | str]) -> Callable[..., Tables | str]:
-    """What every call is asked before its tables are looked for."""
+def reader(kept: Kept) -> Callable[..., Tables | str]:
+    """Tables for a call: what is remembered of them, or what a closer look at the call says."""
     grad_enabled, jit_tracing, _ = law.context()
+    find = kept.find
 
     def read(x: Any, sources: Any, fact: Any = None) -> Tables | str:
+        found = None if grad_enabled() else kept.remembered(x, sources, fact)
+        return look(x, sources, fact) if found is None else found
+
+    def look(x: Any, sources: Any, fact: Any) -> Tables | str:
         if jit_tracing() is not None:
             return law.JIT_TRACE
         if not isinstance(x, Tensor):

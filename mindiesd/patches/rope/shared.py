@@ -74,7 +74,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
     _in_sequence_first = forms.full(0, 2, moves=True)
     kept_real = Kept(real, lambda x, tables: True, shared=False, bounded=True)
     kept_complex = Kept(forms.complex_numbers(2), fits_complex, shared=True, bounded=False)
-    read_real, read_complex = reader(kept_real.find), reader(kept_complex.find)
+    read_real, read_complex = reader(kept_real), reader(kept_complex)
 
     def apply_rotary_emb(
         x: Tensor,
