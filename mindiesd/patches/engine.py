@@ -210,17 +210,17 @@ class Engine:
             raise _Skip(f"{patch.target} was already replaced by {original.__module__}")
         state.site.arm()
         build = _resolve(patch.build)
-        replacement = build(original, state.site)
-        if state.site.watching and patch.reference != INSIDE:
-            replacement = verify.watch(
-                replacement,
-                original,
-                state.site.verification_now,
-                patch.name,
-                _resolve(patch.reference) if patch.reference else None,
-            )
-        state.site.installed = replacement
         try:
+            replacement = build(original, state.site)
+            if state.site.watching and patch.reference != INSIDE:
+                replacement = verify.watch(
+                    replacement,
+                    original,
+                    state.site.verification_now,
+                    patch.name,
+                    _resolve(patch.reference) if patch.reference else None,
+                )
+            state.site.installed = replacement
             law.dress(replacement, original, patch.module, patch.attribute)
         except law.SignatureChanged as changed:
             raise _Skip(str(changed)) from changed

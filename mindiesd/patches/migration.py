@@ -9,7 +9,7 @@ from typing import Any
 from mindiesd.errors import ParametersInvalid, PatchError
 from mindiesd.patches.engine import ENGINE
 from mindiesd.patches.ledger import Ledger
-from mindiesd.patches.registry import select
+from mindiesd.patches.registry import select, words
 from mindiesd.patches.report import PatchReport, Report, versions
 from mindiesd.patches.verify import Verification
 
@@ -94,19 +94,31 @@ class Migration:
         """Install the selected records.
 
         Raises:
-            PatchError: under ``strict`` or for a record that ``only`` names, when it cannot be
-                applied. Nothing stays installed then.
+            PatchError: a record cannot be applied, under ``strict``; or none can of what a word of
+                ``only`` names. Nothing stays installed then.
         """
         ENGINE.acquire(self.options.patches, verified=self.verification is not None)
-        problems = []
+        skipped = {}
         for patch in self.options.patches:
             status, reason = ENGINE.status(patch)
-            named = self.options.only is not None
-            if status == "skipped" and (self.options.strict or named):
-                problems.append(f"{patch.name}: {reason}")
+            if status == "skipped":
+                skipped[patch.name] = reason
+        problems = [f"{name}: {reason}" for name, reason in self._missed(skipped).items()]
         if problems:
             ENGINE.release(self.options.patches)
             raise PatchError("cannot be applied: " + "; ".join(problems))
+
+    def _missed(self, skipped: dict[str, str]) -> dict[str, str]:
+        """Of the skipped records, those that were asked for: a family is, where all of it was."""
+        if self.options.strict:
+            return skipped
+        selected = {patch.name for patch in self.options.patches}
+        missed: dict[str, str] = {}
+        for word in words("only", self.options.only) or ():
+            meant = [patch.name for patch in select(word) if patch.name in selected]
+            if all(name in skipped for name in meant):
+                missed |= {name: skipped[name] for name in meant}
+        return missed
 
     def uninstall(self) -> None:
         """Undo the selected records; the report keeps the last state."""

@@ -95,8 +95,8 @@ def select(
     Raises:
         ParametersInvalid: a name is neither a record nor a family.
     """
-    wanted = _words("only", only)
-    unwanted = _words("skip", skip) or frozenset()
+    wanted = words("only", only)
+    unwanted = words("skip", skip) or frozenset()
     return tuple(
         record
         for record in records()
@@ -105,11 +105,16 @@ def select(
     )
 
 
-def _words(argument: str, value: str | Iterable[str] | None) -> frozenset[str] | None:
+def words(argument: str, value: str | Iterable[str] | None) -> frozenset[str] | None:
+    """The names in ``only`` or ``skip``, or None.
+
+    Raises:
+        ParametersInvalid: a name is neither a record nor a family.
+    """
     if value is None:
         return None
-    words = [value] if isinstance(value, str) else list(value)
-    split = frozenset(part.strip() for word in words for part in word.split(",") if part.strip())
+    texts = [value] if isinstance(value, str) else list(value)
+    split = frozenset(part.strip() for word in texts for part in word.split(",") if part.strip())
     for word in sorted(split):
         if word not in names():
             raise ParametersInvalid(argument, word, "any of " + ", ".join(names()))

@@ -22,9 +22,7 @@ def test_records_are_complete_and_unique() -> None:
 def test_select_by_name_family_text_and_list() -> None:
     assert [p.name for p in select("sdpa")] == ["sdpa"]
     assert {p.name for p in select("rms_norm,rope")} == {
-        "torch_rms_norm",
-        "diffusers_rms_norm",
-        "diffusers_rope",
+        p.name for p in records() if p.family in ("rms_norm", "rope")
     }
     assert "sdpa" not in {p.name for p in select(skip=["sdpa"])}
     assert select(only="rms_norm", skip="diffusers_rms_norm") == select("torch_rms_norm")
@@ -82,7 +80,8 @@ def test_version_out_of_range_is_skipped_with_its_reason() -> None:
         original = embeddings.apply_rotary_emb
         report = mindiesd.patch_all().report()
         skipped = {p.name: p.reason for p in report.patches if p.status == "skipped"}
-        assert set(skipped) == {"diffusers_rms_norm", "fp32_layer_norm", "diffusers_rope"}, skipped
+        assert {"diffusers_rms_norm", "fp32_layer_norm", "diffusers_rope"} <= set(skipped), skipped
+        assert "sdpa" not in skipped and "llama_rope" not in skipped
         assert "diffusers 0.12.0 is not a tested version" in skipped["diffusers_rope"]
         assert embeddings.apply_rotary_emb is original
         for options in ({"strict": True}, {"only": "diffusers_rope"}):
@@ -94,6 +93,27 @@ def test_version_out_of_range_is_skipped_with_its_reason() -> None:
                 raise AssertionError(options)
             import torch.nn.functional as F
             assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+        """
+    )
+
+
+def test_a_family_of_which_something_exists_is_no_error() -> None:
+    run_python(
+        """
+        from importlib import metadata
+        real = metadata.version
+        metadata.version = lambda name: "0.12.0" if name == "diffusers" else real(name)
+        import torch, mindiesd
+        from transformers.models.llama import modeling_llama
+        report = mindiesd.patch_all(only="rope").report()
+        states = {p.name: p.status for p in report.patches}
+        assert states["diffusers_rope"] == "skipped" and states["llama_rope"] == "applied", states
+        try:
+            mindiesd.patch_all(only="llama_rope,qwenimage_rope")
+        except mindiesd.PatchError as error:
+            assert "qwenimage_rope" in str(error) and "llama_rope" not in str(error)
+        else:
+            raise AssertionError("a record that was named cannot be applied")
         """
     )
 
@@ -173,7 +193,7 @@ def test_hook_failure_never_reaches_the_import() -> None:
         import logging, sys
         logging.getLogger("mindiesd").setLevel(logging.CRITICAL)
         import mindiesd
-        import mindiesd.patches.rope as rope
+        import mindiesd.patches.rope.shared as rope
         def build(original, site):
             raise RuntimeError("our own bug")
         rope.build = build
