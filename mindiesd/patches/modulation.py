@@ -12,7 +12,7 @@ in only one branch of a condition.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from mindiesd.patches import law
@@ -38,9 +38,23 @@ NORM_MODULATE = Expression(
     joins=("NORM(X)",),
     build="mindiesd.patches.modulation:build_norm_modulate",
 )
+CAST_NORM_MODULATE = Expression(
+    name="norm_modulate",
+    spellings=("NORM(X).to(dtype=DTYPE) * (1 + SCALE) + SHIFT",),
+    holes=("NORM", "X", "DTYPE", "SCALE", "SHIFT"),
+    calls=("X",),
+    members=("NORM",),
+    joins=("NORM(X).to(dtype=DTYPE)",),
+    build="mindiesd.patches.modulation:build_cast_norm_modulate",
+)
 MODULATE = Expression(
     name="modulate",
-    spellings=("X * (1 + SCALE) + SHIFT", "(1 + SCALE) * X + SHIFT"),
+    spellings=(
+        "X * (1 + SCALE) + SHIFT",
+        "X * (1.0 + SCALE) + SHIFT",
+        "X * (SCALE + 1.0) + SHIFT",
+        "(1 + SCALE) * X + SHIFT",
+    ),
     holes=("X", "SCALE", "SHIFT"),
     calls=("X",),
     build="mindiesd.patches.modulation:build_modulate",
@@ -54,31 +68,141 @@ GATE = Expression(
     build="mindiesd.patches.modulation:build_gated_residual",
 )
 
-_T = "diffusers.models.transformers."
+# Module (of diffusers.models.transformers where it has no dot), function, and how many modulated
+# norms (n), other modulations (m) and gated residuals (g) it has.
+_TABLE = """
+diffusers.models.attention JointTransformerBlock.forward n2 g5
+diffusers.models.attention BasicTransformerBlock.forward n2 m1
+ace_step_transformer AceStepTransformerBlock.forward n2 g2
+ace_step_transformer AceStepTransformer1DModel.forward n1
+auraflow_transformer_2d AuraFlowPreFinalBlock.forward g1
+auraflow_transformer_2d AuraFlowSingleTransformerBlock.forward n1 g2
+auraflow_transformer_2d AuraFlowJointTransformerBlock.forward n2 g4
+cogvideox_transformer_3d CogVideoXBlock.forward g4
+consisid_transformer_3d ConsisIDBlock.forward g4
+dit_transformer_2d DiTTransformer2DModel.forward n1
+latte_transformer_3d LatteTransformer3DModel.forward n1
+lumina_nextdit2d LuminaNextDiTBlock.forward g3
+pixart_transformer_2d PixArtTransformer2DModel.forward m1
+sana_transformer SanaTransformerBlock.forward n2 g2
+transformer_2d Transformer2DModel._get_output_for_patched_inputs n2
+transformer_2d_dreamlite BasicTransformerBlockDreamLite.forward n2 m1
+transformer_allegro AllegroTransformerBlock.forward n2 g1
+transformer_allegro AllegroTransformer3DModel.forward n1
+transformer_anyflow AnyFlowTransformerBlock.forward n2 g2
+transformer_anyflow AnyFlowTransformer3DModel.forward n1
+transformer_anyflow_far AnyFlowTransformerBlock.forward n2 g2
+transformer_anyflow_far AnyFlowFARTransformer3DModel._forward_inference n1
+transformer_bria BriaTransformerBlock.forward n2 g4
+transformer_bria BriaSingleTransformerBlock.forward g1
+transformer_bria_fibo BriaFiboTransformerBlock.forward n2 g4
+transformer_bria_fibo BriaFiboSingleTransformerBlock.forward g1
+transformer_bria_fibo2 BriaFibo2TransformerBlock.forward g3
+transformer_chroma ChromaTransformerBlock.forward n2 g4
+transformer_chroma ChromaSingleTransformerBlock.forward g1
+transformer_chronoedit WanTransformerBlock.forward n2 g2
+transformer_chronoedit ChronoEditTransformer3DModel.forward n1
+transformer_cogview3plus CogView3PlusTransformerBlock.forward n2 g4
+transformer_cogview4 CogView4TransformerBlock.forward n2 g4
+transformer_cosmos CosmosTransformerBlock.forward g3
+transformer_easyanimate EasyAnimateTransformerBlock.forward g4
+transformer_ernie_image ErnieImageSharedAdaLNBlock.forward m2
+transformer_flux FluxTransformerBlock.forward n2 g4
+transformer_flux FluxSingleTransformerBlock.forward g1
+transformer_flux2 Flux2TransformerBlock.forward n4 g4
+transformer_flux2 Flux2SingleTransformerBlock.forward n1 g1
+transformer_flux3 Flux3ModeTransformerBlock.forward n1 g1
+transformer_flux3 Flux3SingleTransformerBlock.forward n2 g2
+transformer_glm_image GlmImageTransformerBlock.forward n2 g4
+transformer_helios HeliosTransformerBlock.forward n2 g2
+transformer_hidream_image HiDreamImageTransformerBlock.forward c4 g4
+transformer_hidream_image HiDreamImageSingleTransformerBlock.forward c2 g2
+transformer_hidream_image HiDreamImageOutEmbed.forward n1
+transformer_hunyuan_video HunyuanVideoTransformerBlock.forward n2 g4
+transformer_hunyuan_video HunyuanVideoSingleTransformerBlock.forward g1
+transformer_hunyuan_video HunyuanVideoTokenReplaceTransformerBlock.forward m3 g6
+transformer_hunyuan_video HunyuanVideoIndividualTokenRefinerBlock.forward g2
+transformer_hunyuan_video15 HunyuanVideo15TransformerBlock.forward n2 g4
+transformer_hunyuan_video15 HunyuanVideo15IndividualTokenRefinerBlock.forward g2
+transformer_hunyuanimage HunyuanImageTransformerBlock.forward n2 g4
+transformer_hunyuanimage HunyuanImageSingleTransformerBlock.forward g1
+transformer_hunyuanimage HunyuanImageIndividualTokenRefinerBlock.forward g2
+transformer_ideogram4 Ideogram4TransformerBlock.forward g2
+transformer_joyimage JoyImageTransformerBlock.forward n4 g4
+transformer_joyimage_edit_plus JoyImageEditPlusTransformerBlock.forward n4 g4
+transformer_kandinsky Kandinsky5TransformerEncoderBlock.forward n2 g2
+transformer_kandinsky Kandinsky5TransformerDecoderBlock.forward n3 g3
+transformer_kandinsky Kandinsky5OutLayer.forward n1
+transformer_kandinsky6 apply_scale_shift m1
+transformer_kandinsky6 apply_gate_sum g1
+transformer_kandinsky6_sr apply_scale_shift m1
+transformer_kandinsky6_sr apply_gate_sum g1
+transformer_krea2 Krea2TransformerBlock.forward n2 g2
+transformer_krea2 Krea2FinalLayer.forward n1
+transformer_longcat_audio_dit AudioDiTBlock.forward m2 g2
+transformer_longcat_image LongCatImageTransformerBlock.forward n2 g4
+transformer_longcat_image LongCatImageSingleTransformerBlock.forward g1
+transformer_ltx LTXVideoTransformerBlock.forward n1 m1 g2
+transformer_ltx LTXVideoTransformer3DModel.forward n1
+transformer_ltx2 LTX2VideoTransformerBlock.forward n4 m8 g6
+transformer_ltx2 LTX2VideoTransformer3DModel.forward n2
+transformer_lumina2 Lumina2TransformerBlock.forward g2
+transformer_minimax_h3 MiniMaxH3TransformerBlock.forward m2 g2
+transformer_motif_video MotifVideoTransformerBlock.forward n2 g4
+transformer_motif_video MotifVideoSingleTransformerBlock.forward g1
+transformer_nucleusmoe_image NucleusMoEImageTransformerBlock.forward g2
+transformer_ovis_image OvisImageTransformerBlock.forward n2 g4
+transformer_ovis_image OvisImageSingleTransformerBlock.forward g1
+transformer_prx PRXBlock.forward n2 g2
+transformer_prx FinalLayer.forward n1
+transformer_qwenimage QwenImageTransformerBlock._modulate m1
+transformer_qwenimage QwenImageTransformerBlock.forward g4
+transformer_qwenimage21 QwenImage21TransformerBlock.forward g2
+transformer_sana_video SanaVideoTransformerBlock.forward n2 g2
+transformer_sana_wm SanaVideoMSCamCtrlBlock.forward m2
+transformer_sana_wm_refiner SanaWMLTX2RefinerTransformerBlock.forward n1 m1 g2
+transformer_sana_wm_refiner SanaWMLTX2RefinerTransformer3DModel.forward n1
+transformer_sd3 SD3SingleTransformerBlock.forward n1 g2
+transformer_skyreels_v2 SkyReelsV2TransformerBlock.forward n2 g2
+transformer_skyreels_v2 SkyReelsV2Transformer3DModel.forward n1
+transformer_stable_audio3 _modulate m1
+transformer_stable_audio3 StableAudio3DiTBlock.forward g2
+transformer_wan WanTransformerBlock.forward n2 g2
+transformer_wan WanTransformer3DModel.forward n1
+transformer_wan_animate WanTransformerBlock.forward n2 g2
+transformer_wan_animate WanAnimateTransformer3DModel.forward m1
+transformer_wan_animate_2 WanAnimate2TransformerBlock.forward n2 g2
+transformer_wan_animate_2 Head.forward n1
+transformer_wan_vace WanVACETransformerBlock.forward n2 g2
+transformer_wan_vace WanVACETransformer3DModel.forward n1 g2
+transformer_z_image ZImageTransformerBlock.forward g2
+diffusers.models.controlnets.controlnet_z_image ZImageTransformerBlock.forward g2
+diffusers.models.controlnets.controlnet_z_image ZImageControlTransformerBlock.forward g2
+"""
+
+# In the order in which they are looked for.
+_KINDS = {"c": CAST_NORM_MODULATE, "n": NORM_MODULATE, "m": MODULATE, "g": GATE}
 
 
-def _block(
-    module: str, qualname: str, *, norms: int = 0, plain: int = 0, gates: int = 0
-) -> Rewrite:
-    """A function with so many modulated norms, other modulations, and gated residuals."""
-    counts = {NORM_MODULATE: norms, MODULATE: plain, GATE: gates}
-    return Rewrite(
-        module=module if "." in module else _T + module,
-        qualname=qualname,
-        counts={kind: count for kind, count in counts.items() if count},
-    )
+def _rules() -> Iterator[Rewrite]:
+    for line in _TABLE.split("\n"):
+        if line:
+            module, qualname, *counts = line.split()
+            yield Rewrite(
+                module=module if "." in module else f"diffusers.models.transformers.{module}",
+                qualname=qualname,
+                counts={
+                    kind: int(count[1:])
+                    for letter, kind in _KINDS.items()
+                    for count in counts
+                    if count[0] == letter
+                },
+            )
 
-
-RULES = (
-    _block("transformer_flux", "FluxTransformerBlock.forward", norms=2, gates=4),
-    _block("transformer_flux", "FluxSingleTransformerBlock.forward", gates=1),
-    _block("transformer_wan", "WanTransformerBlock.forward", norms=2, gates=2),
-)
 
 RECORDS, _BY_NAME = records(
-    RULES,
+    _rules(),
     family="modulation",
-    suffix="modulation",
     becomes="mindiesd.layernorm_scale_shift, torch.addcmul",
     why="one or two kernels instead of four for a modulated norm, one instead of two for a gate",
     when="tensors of one half or float32 dtype, layer norms without hooks, no gradients",
@@ -143,6 +267,24 @@ def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
         return original(again, x, scale, shift)
 
     return norm_modulate
+
+
+def build_cast_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of ``norm(x).to(dtype=dtype) * (1 + scale) + shift``."""
+
+    def plain(norm: Any, x: Any, scale: Any, shift: Any) -> Any:
+        return original(norm, x, x.dtype, scale, shift)
+
+    norm_modulate = build_norm_modulate(plain, site)
+
+    def cast_norm_modulate(norm: Any, x: Any, dtype: Any, scale: Any, shift: Any) -> Any:
+        if getattr(x, "dtype", None) is dtype:
+            # The norm's result is cast to what it is.
+            return norm_modulate(norm, x, scale, shift)
+        site.takes(law.MIXED_DTYPES)
+        return original(norm, x, dtype, scale, shift)
+
+    return cast_norm_modulate
 
 
 def build_modulate(original: Any, site: Site) -> Callable[..., Any]:

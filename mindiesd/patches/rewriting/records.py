@@ -16,32 +16,24 @@ from mindiesd.patches.scope import Site
 VERSIONS = MappingProxyType({"diffusers": ">=0.35,<0.44"})
 
 
-def name_of(rule: Rewrite, suffix: str) -> str:
-    """The name of a rule's record: module, class and suffix, as ``wan_transformer_block_gates``.
-
-    The module is left out where the class's name starts with it.
-    """
-    owner = rule.qualname.split(".")[0]
-    words = re.sub(r"(?<=[a-z])(?=[A-Z])|(?<=[0-9])(?=[A-Z][a-z])", "_", owner).lower()
-    family = rule.module.rpartition(".")[2].removeprefix("transformer_").partition("_trans")[0]
-    plain = words.replace("_", "")
-    if not plain.startswith(family.replace("_", "")):
-        words = f"{family}_{words}"
-    return f"{words}_{suffix}"
+def name_of(rule: Rewrite) -> str:
+    """The name of a rule's record: ``flux.FluxTransformerBlock`` for its forward or call."""
+    stem = rule.module.rpartition(".")[2].removeprefix("transformer_")
+    stem = re.sub(r"_transformer(_[0-9]d)?$", "", stem)
+    return f"{stem}.{rule.qualname.removesuffix('.forward').removesuffix('.__call__')}"
 
 
 def records(
     rules: Iterable[Rewrite],
     *,
     family: str,
-    suffix: str,
     becomes: str,
     why: str,
     when: str,
     numerics: str,
 ) -> tuple[tuple[Patch, ...], dict[str, Rewrite]]:
     """One record for each rule, and the rules by the names of their records."""
-    by_name = {name_of(rule, suffix): rule for rule in rules}
+    by_name = {name_of(rule): rule for rule in rules}
     return (
         tuple(
             Patch(

@@ -38,7 +38,7 @@ def rewrite(
     inner = innermost(function)
     source = read(inner)
     outlined = _Outlined(source, site)
-    tree = copy.deepcopy(source.tree)
+    tree = source.tree
     for kind, expected in counts.items():
         found = (
             _nested(tree, kind, outlined)
@@ -195,6 +195,8 @@ class _Expressions:
 
     def _fits(self, found: pattern.Match) -> bool:
         for hole, node in found.holes.items():
+            if isinstance(node, (ast.Constant, ast.Tuple, ast.List)):
+                return False  # arithmetic of numbers or lists
             if hole in self._kind.members:
                 if not (
                     isinstance(node, ast.Attribute)
@@ -385,17 +387,21 @@ def _names(node: ast.AST) -> Iterator[ast.Name]:
 def _may_cross(value: ast.expr, statement: ast.stmt) -> bool:
     """Whether ``value`` may be evaluated after ``statement`` instead of before it.
 
-    Only past an assignment to a name that the value does not read, of something that changes
-    nothing, or of the result of another module of ``self``.
+    Only past an assignment to a name that the value does not read, of plain expressions and
+    results of other modules of ``self``, or sums and products of such.
     """
     name, other = _assigned(statement)
-    if name is None or name in {node.id for node in _names(value)}:
-        return False
-    if isinstance(other, ast.Call) and isinstance(other.func, ast.Attribute):
-        owner = other.func.value
+    return name is not None and name not in {node.id for node in _names(value)} and _calm(other)
+
+
+def _calm(node: ast.expr) -> bool:
+    if isinstance(node, ast.BinOp):
+        return _calm(node.left) and _calm(node.right)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        owner = node.func.value
         if isinstance(owner, ast.Name) and owner.id == "self":
-            return all(map(pattern.is_plain, other.args)) and not other.keywords
-    return pattern.is_plain(other)
+            return all(map(pattern.is_plain, node.args)) and not node.keywords
+    return pattern.is_plain(node)
 
 
 def _dead(tree: ast.FunctionDef, statement: ast.stmt, name: str) -> bool:

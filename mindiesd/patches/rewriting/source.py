@@ -31,7 +31,7 @@ class Source:
 
     Attributes:
         function: the loaded function.
-        tree: its definition, without decorators.
+        tree: its definition, without decorators; the reader's own, to be changed at will.
         classes: names of the classes around it, outermost first; they decide how ``__x`` is
             mangled.
         flags: ``from __future__`` flags of its file.
@@ -55,25 +55,28 @@ class Source:
             method: whether it stands in the function's class, so that ``super()`` and ``__x``
                 mean there what they mean in the function.
         """
-        body: list[ast.stmt] = [tree]
-        for name in reversed(self.classes if method else ()):
-            body = [
-                ast.ClassDef(
-                    name=name, bases=[], keywords=[], body=body, decorator_list=[], type_params=[]
-                )
-            ]
+        inside = self.classes if method else ()
         factory = ast.parse(f"def {_FACTORY}({', '.join(names)}): pass").body[0]
-        assert isinstance(factory, ast.FunctionDef)
-        factory.body = body
         # CPython calls what was imported by other instructions than other globals.
-        imports: list[ast.stmt] = [
-            ast.Import(names=[ast.alias(name=name)]) for name in sorted(self.imported)
+        shell: list[ast.stmt] = [
+            *(ast.Import(names=[ast.alias(name=name)]) for name in sorted(self.imported)),
+            factory,
         ]
-        module = ast.Module(body=[*imports, factory], type_ignores=[])
-        for node in ast.walk(module):
-            # Whatever has no place yet stands where the function starts.
-            if "lineno" in node._attributes and not hasattr(node, "lineno"):
-                ast.copy_location(node, self.tree)
+        for name in inside:
+            shell.append(
+                ast.ClassDef(
+                    name=name, bases=[], keywords=[], body=[], decorator_list=[], type_params=[]
+                )
+            )
+        for node in shell:
+            for child in ast.walk(node):
+                if "lineno" in child._attributes:
+                    ast.copy_location(child, self.tree)
+        around = shell[len(self.imported) :]
+        for owner, body in zip(around, [*around[1:], tree], strict=True):
+            assert isinstance(owner, (ast.FunctionDef, ast.ClassDef))
+            owner.body = [body]
+        module = ast.Module(body=shell[: len(self.imported) + 1], type_ignores=[])
         code = compile(
             module,
             self.function.__code__.co_filename,
@@ -81,8 +84,8 @@ class Source:
             flags=self.flags,
             dont_inherit=True,
         )
-        inner = _find(code, [_FACTORY, *(self.classes if method else ()), tree.name])
-        prefix = ".".join([_FACTORY, "<locals>", *(self.classes if method else ()), tree.name])
+        inner = _find(code, [_FACTORY, *inside, tree.name])
+        prefix = ".".join([_FACTORY, "<locals>", *inside, tree.name])
         return _requalified(inner, prefix, self.function.__qualname__)
 
 
@@ -117,7 +120,7 @@ def read(function: types.FunctionType) -> Source:
     classes = tuple(function.__qualname__.split(".")[:-1])
     if "<locals>" in classes:
         classes = classes[len(classes) - classes[::-1].index("<locals>") :]
-    imported = _imports(lines) & {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    imported = _imports(lines) & set(_global_names(code))
     source = Source(function, tree, classes, code.co_flags & _FUTURE, imported)
     free = [name for name in code.co_freevars if name != "__class__"]
     again = source.compile(tree, free, method=True)
@@ -179,6 +182,13 @@ def _imports(lines: Sequence[str]) -> frozenset[str]:
             continue
         return frozenset(_imported(tree))
     raise SourceUnknown("source is not the loaded code")
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _global_names(const)
 
 
 def _imported(tree: ast.AST) -> Iterator[str]:
