@@ -198,8 +198,8 @@ class Engine:
             raise _Skip(f"{patch.target} was already replaced by {original.__module__}")
         state.site.arm()
         build = _resolve(patch.build)
-        replacement = build(original, state.site)
         try:
+            replacement = build(original, state.site)
             law.dress(replacement, original, patch.module, patch.attribute)
         except law.SignatureChanged as changed:
             raise _Skip(str(changed)) from changed
