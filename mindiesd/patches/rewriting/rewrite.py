@@ -113,7 +113,11 @@ class _Outlined:
     def add(self, kind: Kind, definition: ast.FunctionDef) -> str:
         """Make a function of the definition; the name under which its replacement is found."""
         code = self.source.compile(definition, (), method=False)
-        if code.co_freevars:
+        around = self.source.function.__code__
+        outer = {*around.co_varnames, *around.co_cellvars, *around.co_freevars}
+        outer -= {*code.co_varnames, *code.co_cellvars}
+        if any(name.id in outer for name in _names(definition)):
+            # It would find globals of those names.
             raise SourceUnknown(f"{kind.name} uses variables of the function around it")
         original = types.FunctionType(code, self.source.function.__globals__)
         original.__module__ = self.source.function.__module__
