@@ -73,6 +73,12 @@ class Source:
         for owner, body in zip(around, [*around[1:], tree], strict=True):
             assert isinstance(owner, (ast.FunctionDef, ast.ClassDef))
             owner.body = [body]
+        first = (*inside, tree.name)[0]
+        if first not in names:
+            # What the factory defines is at the top of its module in truth.
+            factory = around[0]
+            assert isinstance(factory, ast.FunctionDef)
+            factory.body.insert(0, ast.copy_location(ast.Global(names=[first]), self.tree))
         module = ast.Module(body=shell[: len(self.imported) + 1], type_ignores=[])
         code = compile(
             module,
@@ -199,11 +205,14 @@ def _imported(tree: ast.AST) -> Iterator[str]:
 
 def _find(code: types.CodeType, path: Sequence[str]) -> types.CodeType:
     for name in path:
-        code = next(
+        found = [
             const
             for const in code.co_consts
             if isinstance(const, types.CodeType) and const.co_name == name
-        )
+        ]
+        if not found:
+            raise SourceUnknown("not compiled where it stands")  # type parameters have a scope
+        code = found[0]
     return code
 
 
