@@ -15,7 +15,7 @@ from types import MappingProxyType
 from mindiesd.errors import ParametersInvalid
 
 # One module per family of targets; each holds a tuple called RECORDS.
-FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope")
+FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope", "inline_rope", "modulation")
 
 INSIDE = "inside"
 """``Patch.reference`` of a replacement that has its parts verified, not the whole call."""
