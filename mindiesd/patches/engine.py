@@ -24,7 +24,7 @@ import wrapt
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mindiesd.patches import law, sweep
+from mindiesd.patches import law, source, sweep
 from mindiesd.patches.hooks import ImportWatch, find_module, is_initializing
 from mindiesd.patches.registry import Patch, records
 from mindiesd.patches.scope import Site
@@ -198,7 +198,10 @@ class Engine:
             raise _Skip(f"{patch.target} was already replaced by {original.__module__}")
         state.site.arm()
         build = _resolve(patch.build)
-        replacement = build(original, state.site)
+        try:
+            replacement = build(original, state.site)
+        except source.Unrecognised as changed:
+            raise _Skip(str(changed)) from changed
         try:
             law.dress(replacement, original, patch.module, patch.attribute)
         except law.SignatureChanged as changed:

@@ -22,6 +22,7 @@ DTYPE = "dtype other than float32, bfloat16, float16"
 WEIGHT_SHAPE = "weight or bias does not match the last dimension"
 MIXED_DTYPES = "weight dtype that the original rejects or promotes"
 AUTOCAST = "autocast decides the dtype"
+OVERRIDDEN = "a subclass overrides part of it"
 JIT_TRACE = "inside torch.jit.trace"
 
 

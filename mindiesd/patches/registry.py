@@ -15,7 +15,7 @@ from types import MappingProxyType
 from mindiesd.errors import ParametersInvalid
 
 # One module per family of targets; each holds a tuple called RECORDS.
-FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope")
+FAMILIES = ("sdpa", "rms_norm", "layer_norm", "channel_norm", "rope")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +59,30 @@ class Patch:
     def target(self) -> str:
         """The target as people write it, e.g. ``torch.nn.functional.rms_norm``."""
         return f"{self.module}.{self.attribute}"
+
+
+@dataclass(frozen=True)
+class Left:
+    """A target that was looked at and is left alone; families list theirs in a tuple ``LEFT``.
+
+    Attributes:
+        target: dotted name.
+        family: the group it would belong to.
+        reason: why nothing is gained, or nothing can be proved.
+    """
+
+    target: str
+    family: str
+    reason: str
+
+
+@cache
+def left() -> tuple[Left, ...]:
+    """Everything that was looked at and is left alone, in the order of the families."""
+    found: list[Left] = []
+    for family in FAMILIES:
+        found.extend(getattr(import_module(f"mindiesd.patches.{family}"), "LEFT", ()))
+    return tuple(found)
 
 
 @cache
