@@ -92,16 +92,23 @@ class Migration:
         """Install the selected records.
 
         Raises:
-            PatchError: under ``strict`` or for a record that ``only`` names, when it cannot be
-                applied. Nothing stays installed then.
+            PatchError: under ``strict``, or for what ``only`` names, when it cannot be applied: a
+                record, or a family of which no record can be. Nothing stays installed then.
         """
         ENGINE.acquire(self.options.patches)
-        problems = []
+        words = {word.strip() for text in self.options.only or () for word in text.split(",")}
+        skipped, usable = [], set()
         for patch in self.options.patches:
             status, reason = ENGINE.status(patch)
-            named = self.options.only is not None
-            if status == "skipped" and (self.options.strict or named):
-                problems.append(f"{patch.name}: {reason}")
+            if status == "skipped":
+                skipped.append((patch, reason))
+            else:
+                usable.add(patch.family)
+        problems = [
+            f"{patch.name}: {reason}"
+            for patch, reason in skipped
+            if self.options.strict or patch.name in words or patch.family in words - usable
+        ]
         if problems:
             ENGINE.release(self.options.patches)
             raise PatchError("cannot be applied: " + "; ".join(problems))

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from mindiesd.errors import ParametersInvalid
 
 # One module per family of targets; each holds a tuple called RECORDS.
-FAMILIES = ("sdpa", "rms_norm", "layer_norm", "channel_norm", "rope")
+FAMILIES = ("sdpa", "rms_norm", "layer_norm", "channel_norm", "activation", "rope")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pkgutil
+
 import pytest
 
 import mindiesd
@@ -16,7 +18,9 @@ def test_records_are_complete_and_unique() -> None:
     assert {record.family for record in records()} == set(FAMILIES)
     for record in records():
         assert record.why and record.when and record.numerics and record.requires
-        assert record.becomes.removeprefix("mindiesd.") in mindiesd.__all__
+        # A public function, or one of the ops that backends implement.
+        assert record.becomes.startswith("mindiesd.")
+        assert callable(pkgutil.resolve_name(record.becomes))
 
 
 def test_select_by_name_family_text_and_list() -> None:
