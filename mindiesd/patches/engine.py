@@ -24,7 +24,7 @@ import wrapt
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mindiesd.patches import law, source, sweep
+from mindiesd.patches import law, sweep
 from mindiesd.patches.hooks import ImportWatch, find_module, is_initializing
 from mindiesd.patches.registry import Patch, records
 from mindiesd.patches.scope import Site
@@ -165,6 +165,7 @@ class Engine:
         by_original: dict[int, State] = {}
         for patch in patches:
             state = self._states[patch.name]
+            alone = sweep.alone(patch.module, patch.attribute)
             try:
                 swap = self._install_one(state)
             except _Skip as skip:
@@ -175,6 +176,8 @@ class Engine:
                 state.reason = f"could not be built: {type(error).__name__}: {error}"
                 _log.warning("%s %s", patch.name, state.reason)
                 _log.debug("%s", patch.name, exc_info=True)
+                continue
+            if alone:
                 continue
             fresh[id(swap.old)] = swap
             by_original[id(swap.old)] = state
@@ -200,9 +203,6 @@ class Engine:
         build = _resolve(patch.build)
         try:
             replacement = build(original, state.site)
-        except source.Unrecognised as changed:
-            raise _Skip(str(changed)) from changed
-        try:
             law.dress(replacement, original, patch.module, patch.attribute)
         except law.SignatureChanged as changed:
             raise _Skip(str(changed)) from changed

@@ -193,6 +193,16 @@ def _scoped_forward(kind: Any, token: Token, prior_name: str) -> Callable[..., A
     return forward
 
 
+def scoped_only(module: Any) -> bool:
+    """Whether a module has no instance-level forward but that of a scope."""
+    own = module.__dict__.get("forward")
+    if own is None:
+        return True
+    if not isinstance(own, MethodType) or _PRIOR not in vars(own.__func__):
+        return False
+    return _prior(module, vars(own.__func__)[_PRIOR]) is None
+
+
 def _prior(module: Any, name: str) -> Any:
     """The instance-level forward that was there before, past enclosing blocks: ours decides."""
     prior = module.__dict__.get(name)

@@ -15,7 +15,16 @@ from types import MappingProxyType
 from mindiesd.errors import ParametersInvalid
 
 # One module per family of targets; each holds a tuple called RECORDS.
-FAMILIES = ("sdpa", "rms_norm", "layer_norm", "channel_norm", "activation", "rope")
+FAMILIES = (
+    "sdpa",
+    "rms_norm",
+    "layer_norm",
+    "channel_norm",
+    "ada_norm",
+    "modulation",
+    "activation",
+    "rope",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

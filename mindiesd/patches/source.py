@@ -14,11 +14,13 @@ import inspect
 import linecache
 import textwrap
 from importlib import import_module
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
+from mindiesd.patches import law
 
-class Unrecognised(Exception):
+
+class Unrecognised(law.SignatureChanged):
     """The target's source is not one that its replacement was written for."""
 
 
@@ -74,15 +76,38 @@ def _parse(function: Any) -> ast.AST:
             code.co_firstlineno - 1 :
         ]
         try:
-            return _tree(_indented(lines))
+            tree = _tree(_indented(lines))
         except SyntaxError:
-            return _tree(inspect.getblock(lines))
+            tree = _tree(inspect.getblock(lines))
     except (AttributeError, IndexError, SyntaxError) as error:
         raise Unrecognised("its source cannot be read") from error
+    if not _loaded(tree, code):
+        raise Unrecognised("its source is not the code that is loaded")
+    return tree
 
 
-def _tree(lines: list[str]) -> ast.AST:
+def _tree(lines: list[str]) -> ast.stmt:
     return ast.parse(textwrap.dedent("".join(lines))).body[0]
+
+
+def _loaded(tree: ast.stmt, code: CodeType) -> bool:
+    """Whether a definition is what the loaded code was made of: a file may have changed since.
+
+    The instructions are not compared: CPython calls what a module imports by other ones.
+    """
+    made = compile(ast.Module([tree], []), code.co_filename, "exec", dont_inherit=True)
+    for own in made.co_consts:
+        if isinstance(own, CodeType) and own.co_name == code.co_name:
+            return (own.co_names, own.co_varnames, _plain(own)) == (
+                code.co_names,
+                code.co_varnames,
+                _plain(code),
+            )
+    return False
+
+
+def _plain(code: CodeType) -> list[str]:
+    return [repr(value) for value in code.co_consts if not isinstance(value, CodeType)]
 
 
 def _indented(lines: list[str]) -> list[str]:

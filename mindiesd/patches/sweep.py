@@ -53,6 +53,32 @@ class Holder:
         return True
 
 
+def alone(module: str, attribute: str) -> bool:
+    """Whether a method is held by its class and by nothing else, so that nothing can be rebound.
+
+    The collector's search takes time in proportion to what is looked for, and most targets are
+    methods that nobody took by name. What a reference costs differs between versions of Python, so
+    the count is compared with that of a method which is certainly alone.
+    """
+    owner: Any = sys.modules.get(module)
+    *path, name = attribute.split(".")
+    for part in path:
+        owner = getattr(owner, part, None)
+    return isinstance(owner, type) and name in vars(owner) and _count(owner, name) <= _ONE
+
+
+class _Alone:
+    def method(self) -> None:
+        """Held by this class only."""
+
+
+def _count(owner: type, name: str) -> int:
+    return sys.getrefcount(vars(owner)[name])
+
+
+_ONE = _count(_Alone, "method")
+
+
 def rebind(
     swaps: Mapping[int, Swap], skip: Callable[[str], bool], to_replacement: bool = True
 ) -> list[Holder]:

@@ -5,6 +5,10 @@ Limits: x of 3 or 4 dimensions, D even and below 896. ``half``: B and N below 10
 B * N below 1000 and tables [1, 1, S, D], [1, S, 1, D] or [S, 1, 1, D] only; not on the 310P, where
 D is also 128 and tables are as narrow in both modes.
 
+Tables that also vary over batches or heads, and wider ones, are brought inside the limits of
+``interleave`` by seeing x in another shape (:func:`folded`), which costs nothing where x is
+contiguous.
+
 The kernel casts tables to x's dtype: half precision with float32 tables is computed in float32
 here, and rounded once. Its documentation assumes sines and cosines, numbers in [-1, 1]; scaled
 tables (YaRN) go a little beyond. The kernel multiplies and adds, so they are not looked at, which
@@ -23,6 +27,7 @@ from mindiesd.ops.backends.npu.derived import derived
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MOST = 1000
+_WIDEST = 896
 
 # Dimensions of a table that are full (1) or 1 (0), for x in one of the three layouts.
 _HALF_4D: dict[tuple[int, ...], str] = {
@@ -69,7 +74,7 @@ def refusal(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, series: str)
     if x.dim() not in (3, 4) or cos.shape != sin.shape:
         return "not 3-D or 4-D, or tables of two shapes"
     dim = x.shape[-1]
-    if dim % 2 or not 0 < dim < 896:
+    if dim % 2 or not 0 < dim < _WIDEST:
         return "head dimension is odd, or not below 896"
     small = series == soc.I310P
     if small and (interleaved or dim != 128 or x.dim() != 4 or x.dtype is torch.bfloat16):
@@ -140,22 +145,84 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     while 2 <= cos.dim() < x.dim() and sin.dim() == cos.dim():
         cos, sin = cos[None], sin[None]
     cos, sin = _narrowed(cos), _narrowed(sin)
-    if refusal(x, cos, sin, interleaved, soc.series()) is not None:
-        return native.rotate(x, cos, sin, interleaved)
-    dtype = x.dtype if x.dtype is cos.dtype is sin.dtype else torch.float32
+    series = soc.series()
     # A transposed view is rotated in the order of its memory.
-    swapped = x.dim() == 4 and not x.is_contiguous() and turned(x)
-    mode = "interleave" if interleaved else "half"
-    if swapped:
-        x_in, cos, sin = x.transpose(1, 2), cos.transpose(1, 2), sin.transpose(1, 2)
-        if refusal(x_in, cos, sin, interleaved, soc.series()) is not None:
-            swapped, x_in, cos, sin = False, x, cos.transpose(1, 2), sin.transpose(1, 2)
-    else:
-        x_in = x
+    orders = (True, False) if x.dim() == 4 and not x.is_contiguous() and turned(x) else (False,)
+    for swapped in orders:
+        tables = (cos.transpose(1, 2), sin.transpose(1, 2)) if swapped else (cos, sin)
+        x_in = x.transpose(1, 2) if swapped else x
+        shape: tuple[int, ...] | None = x_in.shape
+        if refusal(x_in, *tables, interleaved, series) is not None:
+            shape = folded(x_in, *tables, interleaved, series)
+        if shape is not None:
+            out = _launch(x_in, *tables, interleaved, shape)
+            return out.transpose(1, 2) if swapped else out
+    return native.rotate(x, cos, sin, interleaved)
+
+
+def folded(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, series: str
+) -> tuple[int, int, int, int] | None:
+    """The shape [B, S, N, D] in which x is inside the limits of ``interleave``; None if in none.
+
+    Neighbouring dimensions along which the tables vary are one sequence to the kernel, and those
+    before and after it, along which they do not, its batch and heads. Since pairs are neighbours, a
+    last dimension that is too long is cut up in the same way: its parts are further positions.
+
+    Args:
+        x: what is rotated.
+        cos: without dimensions that only repeat.
+        sin: likewise.
+        interleaved: neighbouring pairs instead of halves, for which there is no such shape.
+        series: of the device.
+    """
+    if not interleaved or series in (soc.UNKNOWN, soc.I310P) or cos.shape != sin.shape:
+        return None
+    if not all(tensor.dtype in _DTYPES for tensor in (x, cos, sin)) or x.numel() == 0:
+        return None
+    pattern = _patterns(x.shape, cos.shape)
+    if pattern is None or x.shape[-1] % 2:
+        return None
+    width = x.shape[-1]
+    sizes, varies = [*x.shape[:-1]], [*pattern]
+    if width >= _WIDEST:
+        fitting = (part for part in range(_WIDEST - 2, 0, -2) if width % part == 0)
+        part = next(fitting, 0)
+        if not part:
+            return None
+        sizes.append(width // part)
+        varies.append(1)
+        width = part
+    # Batch, sequence and heads: what stands before, within and after the run of varying dimensions.
+    groups, at = [1, 1, 1], 0
+    for size, kept in zip(sizes, varies, strict=True):
+        if size == 1:
+            continue
+        if kept:
+            if at == 2:
+                return None
+            at = 1
+        elif at == 1:
+            at = 2
+        groups[at] *= size
+    batch, length, heads = groups
+    return (batch, length, heads, width) if batch * heads < _MOST else None
+
+
+def _launch(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, shape: tuple[int, ...]
+) -> Tensor:
+    """The kernel on x seen in a shape in which it is inside the limits."""
+    dtype = x.dtype if x.dtype is cos.dtype is sin.dtype else torch.float32
     cos, sin = _in(cos, dtype), _in(sin, dtype)
-    out: Tensor = torch.ops.npu.npu_rotary_mul(x_in.to(dtype), cos, sin, mode)
-    out = out.transpose(1, 2) if swapped else out
-    return out.to(x.dtype)
+    seen = x
+    if shape != x.shape:
+        seen = x.reshape(shape)
+        table = (1, shape[1], 1, shape[3])
+        cos, sin = cos.reshape(table), sin.reshape(table)
+    mode = "interleave" if interleaved else "half"
+    out: Tensor = torch.ops.npu.npu_rotary_mul(seen.to(dtype), cos, sin, mode)
+    return out.to(x.dtype) if shape == x.shape else out.to(x.dtype).view(x.shape)
 
 
 def _in(table: Tensor, dtype: torch.dtype) -> Tensor:

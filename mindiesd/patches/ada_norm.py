@@ -1,0 +1,3 @@
+"""x."""
+
+RECORDS: tuple = ()

@@ -1,0 +1,377 @@
+"""Modulations and gates written out in the forward of a block: no function of their own to patch.
+
+    norm(x) * (1 + scale) + shift        x + gate * y
+
+The functions are rewritten from their own source, see :mod:`mindiesd.patches.rewriting`; this
+module holds what is looked for, what it becomes, and where.
+
+Left alone, because nothing is gained or it would not be as accurate: products without a shift
+(``norm(x) * scale``), gates of a dtype that half-precision activations are promoted to, and gates
+in only one branch of a condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from mindiesd.patches import law
+from mindiesd.patches.rewriting.records import builder, records
+from mindiesd.patches.rewriting.rules import Expression, Rewrite
+from mindiesd.patches.scope import Site
+
+HOOKED = "norm with hooks, or with a forward of its own"
+DEVICES = "operands on several devices"
+SHAPE = "scale or shift does not span the last dimension"
+
+NORM_MODULATE = Expression(
+    name="norm_modulate",
+    spellings=(
+        "NORM(X) * (1 + SCALE) + SHIFT",
+        "NORM(X) * (SCALE + 1.0) + SHIFT",
+        "(1 + SCALE) * NORM(X) + SHIFT",
+        "(1.0 + SCALE) * NORM(X) + SHIFT",
+    ),
+    holes=("NORM", "X", "SCALE", "SHIFT"),
+    calls=("X",),
+    members=("NORM",),
+    joins=("NORM(X)",),
+    build="mindiesd.patches.modulation:build_norm_modulate",
+)
+CAST_NORM_MODULATE = Expression(
+    name="norm_modulate",
+    spellings=("NORM(X).to(dtype=DTYPE) * (1 + SCALE) + SHIFT",),
+    holes=("NORM", "X", "DTYPE", "SCALE", "SHIFT"),
+    calls=("X",),
+    members=("NORM",),
+    joins=("NORM(X).to(dtype=DTYPE)",),
+    build="mindiesd.patches.modulation:build_cast_norm_modulate",
+)
+MODULATE = Expression(
+    name="modulate",
+    spellings=(
+        "X * (1 + SCALE) + SHIFT",
+        "X * (1.0 + SCALE) + SHIFT",
+        "X * (SCALE + 1.0) + SHIFT",
+        "(1 + SCALE) * X + SHIFT",
+    ),
+    holes=("X", "SCALE", "SHIFT"),
+    calls=("X",),
+    build="mindiesd.patches.modulation:build_modulate",
+)
+GATE = Expression(
+    name="gated_residual",
+    spellings=("X + Y * GATE", "Y * GATE + X"),
+    holes=("X", "Y", "GATE"),
+    calls=("X", "Y", "GATE"),
+    joins=("GATE * Y",),
+    build="mindiesd.patches.modulation:build_gated_residual",
+)
+
+# Module (of diffusers.models.transformers where it has no dot), function, and how many modulated
+# norms (n), other modulations (m) and gated residuals (g) it has.
+_TABLE = """
+diffusers.models.attention JointTransformerBlock.forward n2 g5
+diffusers.models.attention BasicTransformerBlock.forward n2 m1
+ace_step_transformer AceStepTransformerBlock.forward n2 g2
+ace_step_transformer AceStepTransformer1DModel.forward n1
+auraflow_transformer_2d AuraFlowPreFinalBlock.forward g1
+auraflow_transformer_2d AuraFlowSingleTransformerBlock.forward n1 g2
+auraflow_transformer_2d AuraFlowJointTransformerBlock.forward n2 g4
+cogvideox_transformer_3d CogVideoXBlock.forward g4
+consisid_transformer_3d ConsisIDBlock.forward g4
+dit_transformer_2d DiTTransformer2DModel.forward n1
+latte_transformer_3d LatteTransformer3DModel.forward n1
+lumina_nextdit2d LuminaNextDiTBlock.forward g3
+pixart_transformer_2d PixArtTransformer2DModel.forward m1
+sana_transformer SanaTransformerBlock.forward n2 g2
+transformer_2d Transformer2DModel._get_output_for_patched_inputs n2
+transformer_2d_dreamlite BasicTransformerBlockDreamLite.forward n2 m1
+transformer_allegro AllegroTransformerBlock.forward n2 g1
+transformer_allegro AllegroTransformer3DModel.forward n1
+transformer_anyflow AnyFlowTransformerBlock.forward n2 g2
+transformer_anyflow AnyFlowTransformer3DModel.forward n1
+transformer_anyflow_far AnyFlowTransformerBlock.forward n2 g2
+transformer_anyflow_far AnyFlowFARTransformer3DModel._forward_inference n1
+transformer_bria BriaTransformerBlock.forward n2 g4
+transformer_bria BriaSingleTransformerBlock.forward g1
+transformer_bria_fibo BriaFiboTransformerBlock.forward n2 g4
+transformer_bria_fibo BriaFiboSingleTransformerBlock.forward g1
+transformer_bria_fibo2 BriaFibo2TransformerBlock.forward g3
+transformer_chroma ChromaTransformerBlock.forward n2 g4
+transformer_chroma ChromaSingleTransformerBlock.forward g1
+transformer_chronoedit WanTransformerBlock.forward n2 g2
+transformer_chronoedit ChronoEditTransformer3DModel.forward n1
+transformer_cogview3plus CogView3PlusTransformerBlock.forward n2 g4
+transformer_cogview4 CogView4TransformerBlock.forward n2 g4
+transformer_cosmos CosmosTransformerBlock.forward g3
+transformer_easyanimate EasyAnimateTransformerBlock.forward g4
+transformer_ernie_image ErnieImageSharedAdaLNBlock.forward m2
+transformer_flux FluxTransformerBlock.forward n2 g4
+transformer_flux FluxSingleTransformerBlock.forward g1
+transformer_flux2 Flux2TransformerBlock.forward n4 g4
+transformer_flux2 Flux2SingleTransformerBlock.forward n1 g1
+transformer_flux3 Flux3ModeTransformerBlock.forward n1 g1
+transformer_flux3 Flux3SingleTransformerBlock.forward n2 g2
+transformer_glm_image GlmImageTransformerBlock.forward n2 g4
+transformer_helios HeliosTransformerBlock.forward n2 g2
+transformer_hidream_image HiDreamImageTransformerBlock.forward c4 g4
+transformer_hidream_image HiDreamImageSingleTransformerBlock.forward c2 g2
+transformer_hidream_image HiDreamImageOutEmbed.forward n1
+transformer_hunyuan_video HunyuanVideoTransformerBlock.forward n2 g4
+transformer_hunyuan_video HunyuanVideoSingleTransformerBlock.forward g1
+transformer_hunyuan_video HunyuanVideoTokenReplaceTransformerBlock.forward m3 g6
+transformer_hunyuan_video HunyuanVideoIndividualTokenRefinerBlock.forward g2
+transformer_hunyuan_video15 HunyuanVideo15TransformerBlock.forward n2 g4
+transformer_hunyuan_video15 HunyuanVideo15IndividualTokenRefinerBlock.forward g2
+transformer_hunyuanimage HunyuanImageTransformerBlock.forward n2 g4
+transformer_hunyuanimage HunyuanImageSingleTransformerBlock.forward g1
+transformer_hunyuanimage HunyuanImageIndividualTokenRefinerBlock.forward g2
+transformer_ideogram4 Ideogram4TransformerBlock.forward g2
+transformer_joyimage JoyImageTransformerBlock.forward n4 g4
+transformer_joyimage_edit_plus JoyImageEditPlusTransformerBlock.forward n4 g4
+transformer_kandinsky Kandinsky5TransformerEncoderBlock.forward n2 g2
+transformer_kandinsky Kandinsky5TransformerDecoderBlock.forward n3 g3
+transformer_kandinsky Kandinsky5OutLayer.forward n1
+transformer_kandinsky6 apply_scale_shift m1
+transformer_kandinsky6 apply_gate_sum g1
+transformer_kandinsky6_sr apply_scale_shift m1
+transformer_kandinsky6_sr apply_gate_sum g1
+transformer_krea2 Krea2TransformerBlock.forward n2 g2
+transformer_krea2 Krea2FinalLayer.forward n1
+transformer_longcat_audio_dit AudioDiTBlock.forward m2 g2
+transformer_longcat_image LongCatImageTransformerBlock.forward n2 g4
+transformer_longcat_image LongCatImageSingleTransformerBlock.forward g1
+transformer_ltx LTXVideoTransformerBlock.forward n1 m1 g2
+transformer_ltx LTXVideoTransformer3DModel.forward n1
+transformer_ltx2 LTX2VideoTransformerBlock.forward n4 m8 g6
+transformer_ltx2 LTX2VideoTransformer3DModel.forward n2
+transformer_lumina2 Lumina2TransformerBlock.forward g2
+transformer_minimax_h3 MiniMaxH3TransformerBlock.forward m2 g2
+transformer_motif_video MotifVideoTransformerBlock.forward n2 g4
+transformer_motif_video MotifVideoSingleTransformerBlock.forward g1
+transformer_nucleusmoe_image NucleusMoEImageTransformerBlock.forward g2
+transformer_ovis_image OvisImageTransformerBlock.forward n2 g4
+transformer_ovis_image OvisImageSingleTransformerBlock.forward g1
+transformer_prx PRXBlock.forward n2 g2
+transformer_prx FinalLayer.forward n1
+transformer_qwenimage QwenImageTransformerBlock._modulate m1
+transformer_qwenimage QwenImageTransformerBlock.forward g4
+transformer_qwenimage21 QwenImage21TransformerBlock.forward g2
+transformer_sana_video SanaVideoTransformerBlock.forward n2 g2
+transformer_sana_wm SanaVideoMSCamCtrlBlock.forward m2
+transformer_sana_wm_refiner SanaWMLTX2RefinerTransformerBlock.forward n1 m1 g2
+transformer_sana_wm_refiner SanaWMLTX2RefinerTransformer3DModel.forward n1
+transformer_sd3 SD3SingleTransformerBlock.forward n1 g2
+transformer_skyreels_v2 SkyReelsV2TransformerBlock.forward n2 g2
+transformer_skyreels_v2 SkyReelsV2Transformer3DModel.forward n1
+transformer_stable_audio3 _modulate m1
+transformer_stable_audio3 StableAudio3DiTBlock.forward g2
+transformer_wan WanTransformerBlock.forward n2 g2
+transformer_wan WanTransformer3DModel.forward n1
+transformer_wan_animate WanTransformerBlock.forward n2 g2
+transformer_wan_animate WanAnimateTransformer3DModel.forward m1
+transformer_wan_animate_2 WanAnimate2TransformerBlock.forward n2 g2
+transformer_wan_animate_2 Head.forward n1
+transformer_wan_vace WanVACETransformerBlock.forward n2 g2
+transformer_wan_vace WanVACETransformer3DModel.forward n1 g2
+transformer_z_image ZImageTransformerBlock.forward g2
+diffusers.models.controlnets.controlnet_z_image ZImageTransformerBlock.forward g2
+diffusers.models.controlnets.controlnet_z_image ZImageControlTransformerBlock.forward g2
+"""
+
+# In the order in which they are looked for.
+_KINDS = {"c": CAST_NORM_MODULATE, "n": NORM_MODULATE, "m": MODULATE, "g": GATE}
+
+
+def _rules() -> Iterator[Rewrite]:
+    for line in _TABLE.split("\n"):
+        if line:
+            module, qualname, *counts = line.split()
+            yield Rewrite(
+                module=module if "." in module else f"diffusers.models.transformers.{module}",
+                qualname=qualname,
+                counts={
+                    kind: int(count[1:])
+                    for letter, kind in _KINDS.items()
+                    for count in counts
+                    if count[0] == letter
+                },
+            )
+
+
+RECORDS, _BY_NAME = records(
+    _rules(),
+    family="modulation",
+    becomes="mindiesd.layernorm_scale_shift, torch.addcmul",
+    why="one or two kernels instead of four for a modulated norm, one instead of two for a gate",
+    when="tensors of one half or float32 dtype, layer norms without hooks, no gradients",
+    numerics="fewer roundings than the expressions have",
+)
+build = builder(_BY_NAME)
+
+
+def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of ``norm(x) * (1 + scale) + shift``."""
+    import torch
+    from diffusers.models.normalization import FP32LayerNorm
+    from torch.nn import LayerNorm
+
+    from mindiesd.ops import ada_norm
+
+    kinds = (LayerNorm, FP32LayerNorm)
+    hooked = _hook_finder()
+    unlike = _unlike()
+
+    def refusal(norm: Any, x: Any, scale: Any, shift: Any) -> str | None:
+        reason = unlike(x, scale, shift)
+        if reason is not None:
+            return reason
+        if hooked(norm):
+            return HOOKED
+        for parameter in (norm.weight, norm.bias):
+            if parameter is not None:
+                reason = unlike(x, parameter, parameter)
+                if reason is not None:
+                    return reason
+        if len(norm.normalized_shape) != 1:
+            return law.NOT_LAST_DIM
+        hidden = norm.normalized_shape[0]
+        if x.dim() < 2 or x.shape[-1] != hidden:
+            return law.NOT_LAST_DIM
+        if not scale.dim() or not shift.dim():
+            return SHAPE
+        if scale.shape[-1] != hidden or shift.shape[-1] != hidden:
+            return SHAPE
+        return None
+
+    def norm_modulate(norm: Any, x: Any, scale: Any, shift: Any) -> Any:
+        if type(norm) in kinds:
+            reason = refusal(norm, x, scale, shift)
+            if reason is None:
+                site.takes(None)
+                return ada_norm.layer_norm_scale_shift(
+                    x, norm.weight, norm.bias, norm.eps, scale, shift
+                )
+            if reason is not HOOKED:
+                site.takes(reason)
+                return original(norm, x, scale, shift)
+        # Called as ever; what follows may still be one kernel.
+        normed = norm(x)
+        if site.takes(unlike(normed, scale, shift)):
+            return torch.addcmul(shift, normed, 1 + scale)
+
+        def again(_: Any) -> Any:
+            return normed
+
+        return original(again, x, scale, shift)
+
+    return norm_modulate
+
+
+def build_cast_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of ``norm(x).to(dtype=dtype) * (1 + scale) + shift``."""
+
+    def plain(norm: Any, x: Any, scale: Any, shift: Any) -> Any:
+        return original(norm, x, x.dtype, scale, shift)
+
+    norm_modulate = build_norm_modulate(plain, site)
+
+    def cast_norm_modulate(norm: Any, x: Any, dtype: Any, scale: Any, shift: Any) -> Any:
+        if getattr(x, "dtype", None) is dtype:
+            # The norm's result is cast to what it is.
+            return norm_modulate(norm, x, scale, shift)
+        site.takes(law.MIXED_DTYPES)
+        return original(norm, x, dtype, scale, shift)
+
+    return cast_norm_modulate
+
+
+def build_modulate(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of ``x * (1 + scale) + shift``."""
+    import torch
+
+    unlike = _unlike()
+
+    def modulate(x: Any, scale: Any, shift: Any) -> Any:
+        if site.takes(unlike(x, scale, shift)):
+            return torch.addcmul(shift, x, 1 + scale)
+        return original(x, scale, shift)
+
+    return modulate
+
+
+def build_gated_residual(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of ``x + y * gate``."""
+    import torch
+
+    unlike = _unlike()
+
+    def gated_residual(x: Any, y: Any, gate: Any) -> Any:
+        reason = unlike(x, y, gate)
+        if reason is law.MIXED_DTYPES and x.dtype is torch.float32:
+            # A float32 stream: the product is float32 if one factor is, and the sum in any case.
+            if y.dtype is torch.float32 or gate.dtype is torch.float32:
+                y, gate = y.float(), gate.float()
+                reason = unlike(x, y, gate)
+        if site.takes(reason):
+            return torch.addcmul(x, y, gate)
+        return original(x, y, gate)
+
+    return gated_residual
+
+
+def _unlike() -> Callable[[Any, Any, Any], str | None]:
+    """Why three operands may not go into one kernel; None if they may."""
+    import torch
+    from torch import Tensor
+    from torch.overrides import has_torch_function_variadic
+
+    grad_enabled, jit_tracing, autocast = law.context()
+    half_or_single = (torch.float32, torch.bfloat16, torch.float16)
+
+    def unlike(x: Any, y: Any, z: Any) -> str | None:
+        if jit_tracing() is not None:
+            return law.JIT_TRACE
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(z, Tensor)):
+            return law.NOT_A_TENSOR
+        if has_torch_function_variadic(x, y, z):
+            return law.UNUSUAL_ARGUMENT
+        dtype = x.dtype
+        if dtype not in half_or_single:
+            return law.DTYPE
+        if y.dtype is not dtype or z.dtype is not dtype:
+            return law.MIXED_DTYPES
+        # A tensor without dimensions may be on another device.
+        if x.device != y.device or x.device != z.device:
+            return DEVICES
+        if autocast():
+            return law.AUTOCAST
+        if grad_enabled() and (x.requires_grad or y.requires_grad or z.requires_grad):
+            return law.GRADIENTS
+        return None
+
+    return unlike
+
+
+def _hook_finder() -> Callable[[Any], bool]:
+    """Whether calling a module does more than its class's forward."""
+    from torch.nn.modules import module as torch_module
+
+    from mindiesd.patches.pipeline import scoped_only
+
+    def hooked(module: Any) -> bool:
+        if (
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or torch_module._global_forward_hooks
+            or torch_module._global_forward_pre_hooks
+            or torch_module._global_backward_hooks
+            or torch_module._global_backward_pre_hooks
+        ):
+            return True
+        return not scoped_only(module)
+
+    return hooked

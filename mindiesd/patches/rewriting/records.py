@@ -1,0 +1,69 @@
+"""Patch records for rewritten functions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from types import MappingProxyType
+from typing import Any
+
+from mindiesd.patches.registry import Patch
+from mindiesd.patches.rewriting.rules import Rewrite
+from mindiesd.patches.scope import Site
+
+# Sources are compared, so a version that was not tested is no risk; it is a record skipped with a
+# reason of its own.
+VERSIONS = MappingProxyType({"diffusers": ">=0.35,<0.44"})
+
+
+def name_of(rule: Rewrite) -> str:
+    """The name of a rule's record: ``flux.FluxTransformerBlock`` for its forward or call."""
+    stem = rule.module.rpartition(".")[2].removeprefix("transformer_")
+    stem = re.sub(r"_transformer(_[0-9]d)?$", "", stem)
+    return f"{stem}.{rule.qualname.removesuffix('.forward').removesuffix('.__call__')}"
+
+
+def records(
+    rules: Iterable[Rewrite],
+    *,
+    family: str,
+    becomes: str,
+    why: str,
+    when: str,
+    numerics: str,
+) -> tuple[tuple[Patch, ...], dict[str, Rewrite]]:
+    """One record for each rule, and the rules by the names of their records."""
+    by_name = {name_of(rule): rule for rule in rules}
+    return (
+        tuple(
+            Patch(
+                name=name,
+                family=family,
+                module=rule.module,
+                attribute=rule.qualname,
+                after=rule.module,
+                becomes=becomes,
+                build=f"mindiesd.patches.{family}:build",
+                why=why,
+                when=when,
+                numerics=numerics,
+                requires=VERSIONS,
+                # The whole source is compared, the signature with it.
+                parameters=(),
+            )
+            for name, rule in by_name.items()
+        ),
+        by_name,
+    )
+
+
+def builder(rules: dict[str, Rewrite]) -> Callable[[Any, Site], Callable[..., Any]]:
+    """The ``build`` of a family of rewritten functions."""
+
+    def build(original: Any, site: Site) -> Callable[..., Any]:
+        """The stand-in of the function that the site's record names."""
+        from mindiesd.patches.rewriting.stub import stand_in
+
+        return stand_in(original, rules[site.name], site)
+
+    return build
