@@ -162,7 +162,7 @@ RECORDS = (
 _TWO = "the halves come out of two projections: joining them costs what the kernel saves"
 _SECOND = "the gate is the second half, npu_swiglu's the first: swapping costs what it saves"
 LEFT = tuple(
-    Left(target, "activation", reason)
+    Left(target, reason)
     for target, reason in (
         ("diffusers.models.activations.SwiGLU", _SECOND),
         (

@@ -120,7 +120,7 @@ _KINDS = {
 
 _NO_NORM = "projects the conditioning and normalises nothing"
 LEFT = tuple(
-    Left(target, "ada_norm", reason)
+    Left(target, reason)
     for target, reason in (
         ("diffusers.models.normalization.AdaLayerNormSingle", _NO_NORM),
         ("diffusers.models.transformers.transformer_ltx2.LTX2AdaLayerNormSingle", _NO_NORM),

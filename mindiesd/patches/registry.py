@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
+from typing import NamedTuple
 
 from mindiesd.errors import ParametersInvalid
 
@@ -70,28 +71,25 @@ class Patch:
         return f"{self.module}.{self.attribute}"
 
 
-@dataclass(frozen=True)
-class Left:
+class Left(NamedTuple):
     """A target that was looked at and is left alone; families list theirs in a tuple ``LEFT``.
 
     Attributes:
         target: dotted name.
-        family: the group it would belong to.
         reason: why nothing is gained, or nothing can be proved.
     """
 
     target: str
-    family: str
     reason: str
 
 
-@cache
-def left() -> tuple[Left, ...]:
-    """Everything that was looked at and is left alone, in the order of the families."""
-    found: list[Left] = []
-    for family in FAMILIES:
-        found.extend(getattr(import_module(f"mindiesd.patches.{family}"), "LEFT", ()))
-    return tuple(found)
+def left() -> dict[str, tuple[Left, ...]]:
+    """By family, what was looked at and is left alone."""
+    found = {
+        family: getattr(import_module(f"mindiesd.patches.{family}"), "LEFT", ())
+        for family in FAMILIES
+    }
+    return {family: targets for family, targets in found.items() if targets}
 
 
 @cache

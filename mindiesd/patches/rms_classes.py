@@ -112,29 +112,24 @@ CLASSES: tuple[tuple[str, ...], ...] = (
 LEFT = (
     Left(
         "diffusers.models.normalization.LpNorm",
-        "rms_norm",
         "divides by max(norm, eps), which no kernel does, and its three operators are the fewest",
     ),
     Left(
         "diffusers.models.normalization.GlobalResponseNorm",
-        "rms_norm",
         "normalises over space, then over channels; no kernel does, nothing is computed twice",
     ),
     Left(
         "diffusers.models.autoencoders.autoencoder_kl_ltx2.PerChannelRMSNorm",
-        "rms_norm",
         "the channels are not the last dimension: moving them there copies the tensor twice, and "
         "written for that dimension it takes as many operators as now",
     ),
     Left(
         "diffusers.models.autoencoders.autoencoder_kl_ltx2_audio.LTX2AudioPixelNorm",
-        "rms_norm",
         "as PerChannelRMSNorm",
     ),
-    Left("torch.nn.GroupNorm", "layer_norm", "is one kernel of the device already"),
+    Left("torch.nn.GroupNorm", "is one kernel of the device already"),
     Left(
         "transformers.models.mamba2.modeling_mamba2.MambaRMSNormGated",
-        "rms_norm",
         "gates before it normalises; no diffusers pipeline uses it, nor its like",
     ),
 )

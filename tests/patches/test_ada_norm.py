@@ -17,7 +17,7 @@ from tests.patches.norm_cases import DTYPES, unpatched
 from tests.patches.test_norms_classes import counts
 from tests.patches.test_sdpa import assert_same_outcome
 
-D = 16
+D = 64
 RECORDS = {record.name: record for record in ada_norm.RECORDS}
 
 
@@ -230,7 +230,7 @@ def test_every_class(batch: int) -> None:
         name = case.split()[0]
         for dtype in DTYPES:
             module = make(case, dtype)
-            inputs = cast(CASES[case][1](batch, 7), dtype)
+            inputs = cast(CASES[case][1](batch, 33), dtype)
             before = counts(migration, name)
             with torch.no_grad():
                 ours = tensors(module(**inputs))
