@@ -44,6 +44,8 @@ class State:
         replaced: the original and the replacement of each installation; a reload adds one.
         holders: every place that was rebound, the target itself first.
         lost: places that somebody else has changed since, found while undoing.
+        references: of methods that nobody but their class held, the references there were to the
+            original and to its replacement, by the id of the latter.
     """
 
     patch: Patch
@@ -53,6 +55,7 @@ class State:
     replaced: list[sweep.Swap] = field(default_factory=list)
     holders: list[sweep.Holder] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    references: dict[int, tuple[int, int]] = field(default_factory=dict)
 
 
 class Engine:
@@ -133,6 +136,7 @@ class Engine:
                 patch.name: self._states[patch.name].replaced[-1].old
                 for patch in patches
                 if self._states[patch.name].replaced
+                and _may_be_held(self._states[patch.name], self._states[patch.name].replaced[-1])[0]
             }
             # PyTorch's own tables of functions are no call sites.
             return sweep.describe_holders(originals, _left_alone(("torch",))) if originals else {}
@@ -146,6 +150,8 @@ class Engine:
                 for state in self._states.values()
                 if state.patch.after == name and state.wanted and not self._is_current(state)
             ]
+            if not ready:
+                return
             with self._changing():
                 self._install(ready, swept=name == "torch")
 
@@ -178,6 +184,7 @@ class Engine:
                 _log.debug("%s", patch.name, exc_info=True)
                 continue
             if alone:
+                state.references[id(swap.new)] = sweep.references(swap)
                 continue
             fresh[id(swap.old)] = swap
             by_original[id(swap.old)] = state
@@ -231,14 +238,16 @@ class Engine:
         back: dict[int, sweep.Swap] = {}
         lost: list[str] = []
         for state in states:
+            shared = [swap for swap in state.replaced if _may_be_held(state, swap)[1]]
             for holder in reversed(state.holders):
                 if not holder.undo():
                     state.lost.append(holder.where)
             for original, replacement in state.replaced:
                 _tell(state.patch, "after_uninstall", replacement)
-                back[id(replacement)] = sweep.Swap(replacement, original)
+                if any(replacement is swap.new for swap in shared):
+                    back[id(replacement)] = sweep.Swap(replacement, original)
             lost += state.lost
-            state.holders, state.replaced = [], []
+            state.holders, state.replaced, state.references = [], [], {}
         if back:
             # Modules imported while we were installed took our function by name.
             sweep.rebind(back, _left_alone(()), to_replacement=False)
@@ -278,6 +287,15 @@ class Engine:
         _log.info(note)
 
 
+def _may_be_held(state: State, swap: sweep.Swap) -> tuple[bool, bool]:
+    """Whether anybody but us may hold the original, and the replacement."""
+    then = state.references.get(id(swap.new))
+    if then is None:
+        return True, True
+    now = sweep.references(swap)
+    return now[0] > then[0], now[1] > then[1]
+
+
 class _Skip(Exception):
     """Why a record cannot be installed."""
 
@@ -302,7 +320,7 @@ def unavailable(patch: Patch) -> str:
             if find_module(distribution):
                 return f"{distribution} has no version to check"
             return f"{distribution} is not installed"
-        if not SpecifierSet(versions).contains(version, prereleases=True):
+        if not _contains(versions, version):
             return f"{distribution} {version} is not a tested version ({versions})"
     return ""
 
@@ -310,6 +328,11 @@ def unavailable(patch: Patch) -> str:
 @functools.cache
 def _version(distribution: str) -> Version:
     return Version(metadata.version(distribution))
+
+
+@functools.cache
+def _contains(versions: str, version: Version) -> bool:
+    return SpecifierSet(versions).contains(version, prereleases=True)
 
 
 def _loaded(patch: Patch) -> bool:

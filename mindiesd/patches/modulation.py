@@ -13,12 +13,15 @@ in only one branch of a condition.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law
 from mindiesd.patches.rewriting.records import builder, records
 from mindiesd.patches.rewriting.rules import Expression, Rewrite
 from mindiesd.patches.scope import Site
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HOOKED = "norm with hooks, or with a forward of its own"
 DEVICES = "operands on several devices"
@@ -213,7 +216,6 @@ build = builder(_BY_NAME)
 
 def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``norm(x) * (1 + scale) + shift``."""
-    import torch
     from diffusers.models.normalization import FP32LayerNorm
     from torch.nn import LayerNorm
 
@@ -221,17 +223,19 @@ def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
 
     kinds = (LayerNorm, FP32LayerNorm)
     hooked = _hook_finder()
-    unlike = _unlike()
+    unlike, unlike_or_narrower = _unlike(), _unlike(narrower=True)
 
     def refusal(norm: Any, x: Any, scale: Any, shift: Any) -> str | None:
-        reason = unlike(x, scale, shift)
+        reason = unlike_or_narrower(x, scale, shift)
         if reason is not None:
             return reason
         if hooked(norm):
             return HOOKED
         for parameter in (norm.weight, norm.bias):
             if parameter is not None:
-                reason = unlike(x, parameter, parameter)
+                # The other kind casts what it is given, and its parameters, itself.
+                same = unlike if type(norm) is LayerNorm else unlike_or_narrower
+                reason = same(x, parameter, parameter)
                 if reason is not None:
                     return reason
         if len(norm.normalized_shape) != 1:
@@ -258,12 +262,12 @@ def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
                 return original(norm, x, scale, shift)
         # Called as ever; what follows may still be one kernel.
         normed = norm(x)
-        if site.takes(unlike(normed, scale, shift)):
-            return torch.addcmul(shift, normed, 1 + scale)
 
         def again(_: Any) -> Any:
             return normed
 
+        if site.takes(unlike_or_narrower(normed, scale, shift)):
+            return scale_and_shift(normed, scale, shift)
         return original(again, x, scale, shift)
 
     return norm_modulate
@@ -289,31 +293,40 @@ def build_cast_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
 
 def build_modulate(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``x * (1 + scale) + shift``."""
-    import torch
-
-    unlike = _unlike()
+    unlike_or_narrower = _unlike(narrower=True)
 
     def modulate(x: Any, scale: Any, shift: Any) -> Any:
-        if site.takes(unlike(x, scale, shift)):
-            return torch.addcmul(shift, x, 1 + scale)
+        if site.takes(unlike_or_narrower(x, scale, shift)):
+            return scale_and_shift(x, scale, shift)
         return original(x, scale, shift)
 
     return modulate
+
+
+def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """``x * (1 + scale) + shift``; scale and shift of x's dtype, or half where that is float32."""
+    import torch
+
+    if scale.dtype is not x.dtype:
+        scale = scale.float()
+    if shift.dtype is not x.dtype:
+        shift = shift.float()
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 def build_gated_residual(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``x + y * gate``."""
     import torch
 
-    unlike = _unlike()
+    unlike_or_narrower = _unlike(narrower=True)
 
     def gated_residual(x: Any, y: Any, gate: Any) -> Any:
-        reason = unlike(x, y, gate)
-        if reason is law.MIXED_DTYPES and x.dtype is torch.float32:
-            # A float32 stream: the product is float32 if one factor is, and the sum in any case.
-            if y.dtype is torch.float32 or gate.dtype is torch.float32:
-                y, gate = y.float(), gate.float()
-                reason = unlike(x, y, gate)
+        reason = unlike_or_narrower(x, y, gate)
+        if reason is None and y.dtype is not gate.dtype:
+            # The product is float32 if one factor is.
+            y, gate = y.float(), gate.float()
+        if reason is None and y.dtype is not x.dtype:
+            reason = law.MIXED_DTYPES
         if site.takes(reason):
             return torch.addcmul(x, y, gate)
         return original(x, y, gate)
@@ -321,8 +334,12 @@ def build_gated_residual(original: Any, site: Site) -> Callable[..., Any]:
     return gated_residual
 
 
-def _unlike() -> Callable[[Any, Any, Any], str | None]:
-    """Why three operands may not go into one kernel; None if they may."""
+def _unlike(*, narrower: bool = False) -> Callable[[Any, Any, Any], str | None]:
+    """Why three operands may not go into one kernel; None if they may.
+
+    Args:
+        narrower: whether the last two may be half precision where the first is float32.
+    """
     import torch
     from torch import Tensor
     from torch.overrides import has_torch_function_variadic
@@ -341,7 +358,10 @@ def _unlike() -> Callable[[Any, Any, Any], str | None]:
         if dtype not in half_or_single:
             return law.DTYPE
         if y.dtype is not dtype or z.dtype is not dtype:
-            return law.MIXED_DTYPES
+            if not narrower or dtype is not torch.float32:
+                return law.MIXED_DTYPES
+            if y.dtype not in half_or_single or z.dtype not in half_or_single:
+                return law.MIXED_DTYPES
         # A tensor without dimensions may be on another device.
         if x.device != y.device or x.device != z.device:
             return DEVICES

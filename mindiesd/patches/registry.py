@@ -25,6 +25,7 @@ FAMILIES = (
     "modulation",
     "activation",
     "rope",
+    "inline_rope",
 )
 
 

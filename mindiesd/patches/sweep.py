@@ -79,6 +79,11 @@ def _count(owner: type, name: str) -> int:
 _ONE = _count(_Alone, "method")
 
 
+def references(swap: Swap) -> tuple[int, int]:
+    """How many references there are to the two; only for comparing with the same asked before."""
+    return sys.getrefcount(swap.old), sys.getrefcount(swap.new)
+
+
 def rebind(
     swaps: Mapping[int, Swap], skip: Callable[[str], bool], to_replacement: bool = True
 ) -> list[Holder]:

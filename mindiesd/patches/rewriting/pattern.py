@@ -14,8 +14,8 @@ from functools import cache
 
 # Methods of a tensor that do nothing but look at it, or make a new tensor of it.
 _READING = frozenset(
-    "unsqueeze squeeze float to type_as tanh view reshape flatten expand index_select "
-    "chunk unbind".split()
+    {"unsqueeze", "squeeze", "float", "to", "type_as", "tanh"}
+    | {"view", "reshape", "flatten", "expand", "index_select", "chunk", "unbind"}
 )
 
 
@@ -24,11 +24,13 @@ class Match:
     """Where a pattern fits.
 
     Attributes:
-        holes: what stands in each hole.
+        holes: what stands in each hole, at its first place.
+        places: the holes by the identity of every node that stands in one.
         inner: identities of the nodes that are the pattern's own, not a hole's.
     """
 
     holes: dict[str, ast.expr]
+    places: dict[int, str]
     inner: set[int]
 
 
@@ -45,7 +47,7 @@ def is_hole(node: ast.AST) -> bool:
 
 def match(pattern: ast.AST, node: ast.AST) -> Match | None:
     """Fit a pattern to a node; None if it does not."""
-    found = Match({}, set())
+    found = Match({}, {}, set())
     return found if _fits(pattern, node, found) else None
 
 
@@ -54,6 +56,7 @@ def _fits(pattern: object, node: object, found: Match) -> bool:
         if not isinstance(node, ast.expr):
             return False
         before = found.holes.setdefault(pattern.id, node)
+        found.places[id(node)] = pattern.id
         return before is node or fingerprint(before) == fingerprint(node)
     if isinstance(pattern, ast.AST):
         if type(pattern) is not type(node):
@@ -90,9 +93,9 @@ def _written(value: object) -> str:
             field = getattr(value, name, None)
             if name == "body" and isinstance(field, list):
                 field = [entry for entry in field if not _is_docstring(entry)]
-            if field is None or field == []:
-                if not (isinstance(value, ast.Constant) and name == "value"):
-                    continue
+            constant = isinstance(value, ast.Constant) and name == "value"
+            if (field is None or field == []) and not constant:
+                continue
             parts.append(f"{name}={_written(field)}")
         return f"{type(value).__name__}({','.join(parts)})"
     if isinstance(value, list):

@@ -55,9 +55,7 @@ def rewrite(
     closure = tuple(
         own[name] if name in own else types.CellType(values[name]) for name in code.co_freevars
     )
-    made = types.FunctionType(
-        code, inner.__globals__, inner.__name__, inner.__defaults__, closure
-    )
+    made = types.FunctionType(code, inner.__globals__, inner.__name__, inner.__defaults__, closure)
     made.__kwdefaults__ = inner.__kwdefaults__
     made.__qualname__ = inner.__qualname__
     made.__doc__ = inner.__doc__
@@ -115,7 +113,11 @@ class _Outlined:
     def add(self, kind: Kind, definition: ast.FunctionDef) -> str:
         """Make a function of the definition; the name under which its replacement is found."""
         code = self.source.compile(definition, (), method=False)
-        if code.co_freevars:
+        around = self.source.function.__code__
+        outer = {*around.co_varnames, *around.co_cellvars, *around.co_freevars}
+        outer -= {*code.co_varnames, *code.co_cellvars}
+        if any(name.id in outer for name in _names(definition)):
+            # It would find globals of those names.
             raise SourceUnknown(f"{kind.name} uses variables of the function around it")
         original = types.FunctionType(code, self.source.function.__globals__)
         original.__module__ = self.source.function.__module__
@@ -204,46 +206,39 @@ class _Expressions:
                     and node.value.id == "self"
                 ):
                     return False
-            elif hole not in self._kind.calls and not pattern.is_plain(node):
+            elif not pattern.is_plain(node) and (
+                hole not in self._kind.calls or list(found.places.values()).count(hole) > 1
+            ):
                 return False
         return True
 
     def _call(self, node: ast.expr, found: pattern.Match) -> ast.expr:
-        marked = {id(found.holes[hole]): hole for hole in self._kind.holes}
-        order = list(pattern.evaluated(node, marked))
+        marked = found.places
+        # What stands in several places is plain, so that evaluating it once is enough.
+        order = list(dict.fromkeys(pattern.evaluated(node, marked)))
         # The original: the expression as it stands, of parameters.
-        body = _Filled(marked).visit(copy.copy(node))
-        parameters = [ast.arg(arg=hole.lower()) for hole in self._kind.holes]
-        definition = ast.FunctionDef(
-            name=self._kind.name,
-            args=ast.arguments(
-                posonlyargs=[],
-                args=[_at(parameter, node) for parameter in parameters],  # type: ignore[arg-type]
-                kwonlyargs=[],
-                kw_defaults=[],
-                defaults=[],
-            ),
-            body=[ast.copy_location(ast.Return(body), node)],
-            decorator_list=[],
-            type_params=[],
-        )
-        local = self._outlined.add(self._kind, ast.copy_location(definition, node))
+        parameters = ", ".join(hole.lower() for hole in self._kind.holes)
+        definition = ast.parse(f"def {self._kind.name}({parameters}): return None").body[0]
+        assert isinstance(definition, ast.FunctionDef)
+        for child in ast.walk(definition):
+            if "lineno" in child._attributes:
+                ast.copy_location(child, node)
+        returned = definition.body[0]
+        assert isinstance(returned, ast.Return)
+        returned.value = _Filled(marked).visit(node)
+        local = self._outlined.add(self._kind, definition)
         # Operands are evaluated in the order of the source: by keyword where that is another one.
-        holes = [hole for hole in self._kind.holes if hole in order]
-        first_uses = list(dict.fromkeys(order))
-        positional = first_uses == holes and len(order) == len(holes)
-        if len(order) != len(first_uses):
-            raise SourceUnknown(f"{self._kind.name} evaluates an operand twice")
+        positional = order == list(self._kind.holes)
         call = ast.Call(
             func=_at(ast.Name(local, ast.Load()), node),
-            args=[found.holes[hole] for hole in holes] if positional else [],
+            args=[found.holes[hole] for hole in order] if positional else [],
             keywords=[]
             if positional
             else [
                 ast.copy_location(
                     ast.keyword(arg=hole.lower(), value=found.holes[hole]), found.holes[hole]
                 )
-                for hole in first_uses
+                for hole in order
             ],
         )
         return ast.copy_location(call, node)
@@ -312,7 +307,9 @@ class _Replacer(ast.NodeTransformer):
                 ]
 
     def visit(self, node: ast.AST) -> Any:
-        if isinstance(node, (ast.Lambda, ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)):
+        if isinstance(
+            node, (ast.Lambda, ast.GeneratorExp, ast.ListComp, ast.SetComp, ast.DictComp)
+        ):
             return node
         found = self._match(node) if isinstance(node, ast.expr) else None
         if found is not None:
@@ -332,7 +329,7 @@ class _Filled(ast.NodeTransformer):
     def __init__(self, marked: Mapping[int, str]) -> None:
         self._marked = marked
 
-    def visit(self, node: ast.AST) -> ast.AST:
+    def visit(self, node: ast.AST) -> Any:
         if id(node) in self._marked:
             return ast.copy_location(ast.Name(self._marked[id(node)].lower(), ast.Load()), node)
         return _copied(node, self)
@@ -345,7 +342,7 @@ class _Substituted(ast.NodeTransformer):
         self._name = name
         self._value = value
 
-    def visit(self, node: ast.AST) -> ast.AST:
+    def visit(self, node: ast.AST) -> Any:
         if node is self._name:
             return self._value
         return _copied(node, self)
@@ -420,9 +417,7 @@ def _dead(tree: ast.FunctionDef, statement: ast.stmt, name: str) -> bool:
         return False
     for owner, suite, index in reversed(path):
         for later in suite[index + 1 :]:
-            read = any(
-                node.id == name and isinstance(node.ctx, ast.Load) for node in _names(later)
-            )
+            read = any(node.id == name and isinstance(node.ctx, ast.Load) for node in _names(later))
             if read:
                 return False
             if _assigned(later)[0] == name or isinstance(later, (ast.Return, ast.Raise)):

@@ -4,7 +4,6 @@ Line and column numbers are those of the file, so tracebacks, debuggers and cove
 """
 
 from __future__ import annotations
-
 import __future__
 
 import ast
@@ -56,18 +55,16 @@ class Source:
                 mean there what they mean in the function.
         """
         inside = self.classes if method else ()
-        factory = ast.parse(f"def {_FACTORY}({', '.join(names)}): pass").body[0]
         # CPython calls what was imported by other instructions than other globals.
-        shell: list[ast.stmt] = [
-            *(ast.Import(names=[ast.alias(name=name)]) for name in sorted(self.imported)),
-            factory,
-        ]
-        for name in inside:
-            shell.append(
-                ast.ClassDef(
-                    name=name, bases=[], keywords=[], body=[], decorator_list=[], type_params=[]
-                )
+        shell = ast.parse(
+            "\n".join(
+                [
+                    *(f"import {name}" for name in sorted(self.imported)),
+                    f"def {_FACTORY}({', '.join(names)}): pass",
+                    *(f"class {name}: pass" for name in inside),
+                ]
             )
+        ).body
         for node in shell:
             for child in ast.walk(node):
                 if "lineno" in child._attributes:
@@ -76,6 +73,12 @@ class Source:
         for owner, body in zip(around, [*around[1:], tree], strict=True):
             assert isinstance(owner, (ast.FunctionDef, ast.ClassDef))
             owner.body = [body]
+        first = (*inside, tree.name)[0]
+        if first not in names:
+            # What the factory defines is at the top of its module in truth.
+            factory = around[0]
+            assert isinstance(factory, ast.FunctionDef)
+            factory.body.insert(0, ast.copy_location(ast.Global(names=[first]), self.tree))
         module = ast.Module(body=shell[: len(self.imported) + 1], type_ignores=[])
         code = compile(
             module,
@@ -202,11 +205,14 @@ def _imported(tree: ast.AST) -> Iterator[str]:
 
 def _find(code: types.CodeType, path: Sequence[str]) -> types.CodeType:
     for name in path:
-        code = next(
+        found = [
             const
             for const in code.co_consts
             if isinstance(const, types.CodeType) and const.co_name == name
-        )
+        ]
+        if not found:
+            raise SourceUnknown("not compiled where it stands")  # type parameters have a scope
+        code = found[0]
     return code
 
 
@@ -246,4 +252,3 @@ def _same(ours: types.CodeType, theirs: types.CodeType) -> bool:
             # -0.0 is not 0.0, and (1,) is not (True,); sets have no order to compare.
             return False
     return True
-

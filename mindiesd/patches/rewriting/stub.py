@@ -81,6 +81,7 @@ def stand_in(original: Any, rule: Rewrite, site: Site) -> Callable[..., Any]:
     import torch
 
     lazy = Lazy(original, rule, site)
+
     # While Dynamo traces, it runs this for real and leaves nothing of it in the graph. Nothing
     # read lazy.function before in that trace, so no guard remembers that it was None.
     def rewritten() -> None:
