@@ -48,3 +48,54 @@ def oracle(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
         gain = weight.detach().double()
         y = y * (1 + gain if type(module).__name__ in CENTRED else gain)
     return y
+
+
+def changes(module: torch.nn.Module):
+    """Everything that may happen to a weight between two calls."""
+    weight = next(module.parameters())
+    shape = weight.shape
+
+    def step() -> None:
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        weight.grad = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+        optimizer.step()
+
+    def fuse() -> None:  # as peft merges a LoRA
+        weight.data += torch.randn(shape, dtype=weight.dtype, device=weight.device)
+
+    def swap() -> None:
+        weight.data = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+
+    def swap_back_and_forth() -> None:
+        kept = weight.data
+        weight.data = torch.zeros_like(kept)
+        weight.data = kept.mul_(3)
+
+    def load() -> None:
+        state = {key: torch.randn_like(value) for key, value in module.state_dict().items()}
+        module.load_state_dict(state)
+
+    def assign() -> None:
+        state = {key: torch.randn_like(value) for key, value in module.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+
+    @torch.no_grad()
+    def in_place() -> None:
+        weight.mul_(2)
+
+    def through_a_view() -> None:
+        weight.detach()[:3] = 7
+
+    def behind_its_back() -> None:
+        weight.data.add_(1)
+
+    def cast() -> None:
+        module.to(torch.bfloat16)
+
+    def cast_back() -> None:
+        module.to(torch.float32)
+
+    return (
+        step, fuse, swap, swap_back_and_forth, load, in_place, through_a_view, behind_its_back,
+        cast, fuse, behind_its_back, cast_back, assign,
+    )  # fmt: skip
