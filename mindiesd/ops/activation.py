@@ -71,3 +71,46 @@ def get_activation_layer(act_type: str) -> nn.Module:
     if make is None:
         raise ParametersInvalid("act_type", checks.describe(act_type), ", ".join(ACTIVATIONS))
     return make()
+
+
+def gelu(x: Tensor, approximate: str) -> Tensor:
+    """GELU of arguments known to be right.
+
+    Args:
+        x: floating.
+        approximate: ``"none"``, ``"tanh"`` or ``"fast"``, as in :class:`GELU`.
+
+    Returns:
+        Shape and dtype of x.
+    """
+    return backend_of(x).gelu(x, approximate)
+
+
+def geglu(x: Tensor, approximate: str = "none") -> Tensor:
+    """``a * gelu(b)`` of the halves a, b of the last dimension; arguments are known to be right.
+
+    Source: Shazeer, *GLU Variants Improve Transformer* (arXiv 2002.05202).
+
+    Args:
+        x: [..., 2 H], floating.
+        approximate: ``"none"`` or ``"tanh"``.
+
+    Returns:
+        [..., H] of x's dtype.
+    """
+    return backend_of(x).geglu(x, approximate)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """``silu(a) * b`` of the halves a, b of the last dimension; arguments are known to be right.
+
+    The first half is the gate; that of diffusers' ``SwiGLU`` is the second, and needs another
+    kernel. Source: Shazeer, as for :func:`geglu`.
+
+    Args:
+        x: [..., 2 H], floating.
+
+    Returns:
+        [..., H] of x's dtype.
+    """
+    return backend_of(x).swiglu(x)

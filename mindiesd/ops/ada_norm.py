@@ -7,10 +7,11 @@ Source: Peebles and Xie, *Scalable Diffusion Models with Transformers* (arXiv 22
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mindiesd.errors import ParametersInvalid
-from mindiesd.ops import checks
+from mindiesd.ops import checks, norm
 from mindiesd.ops.backends import backend_of, native
 from mindiesd.ops.norm import check_layer_norm
 
@@ -81,3 +82,37 @@ def _modulation(name: str, value: Tensor, x: Tensor) -> Tensor:
         allowed = f"[B, H] = {[batch, hidden]} or [B, 1, H] = {[batch, 1, hidden]}"
         raise ParametersInvalid(name, checks.describe(value), allowed)
     return value if value.dim() == 3 else value[:, None]
+
+
+def layer_norm_scale(
+    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, centred: bool
+) -> Tensor:
+    """``layer_norm(x) * weight * scale``, one scale for every token; arguments known to be right.
+
+    In half precision the product of weight and scale is rounded to it, which is the only rounding
+    besides that of the result.
+
+    Args:
+        x: [..., H], float32, bfloat16 or float16.
+        weight: [H] of x's dtype, or None for ones.
+        eps: added to the variance.
+        scale: [H] of x's dtype.
+        centred: whether 1 is to be added to the scale.
+
+    Returns:
+        Shape and dtype of x.
+    """
+    return norm.layer_norm(x, x.shape[-1:], _gain(weight, scale, centred), None, eps)
+
+
+def rms_norm_scale(
+    x: Tensor, weight: Tensor | None, eps: float, scale: Tensor, centred: bool
+) -> Tensor:
+    """``rms_norm(x) * weight * scale``, as :func:`layer_norm_scale`."""
+    return norm.rms_norm(x, _gain(weight, scale, centred), eps)
+
+
+def _gain(weight: Tensor | None, scale: Tensor, centred: bool) -> Tensor:
+    if weight is None:
+        return scale + 1 if centred else scale
+    return torch.addcmul(weight, weight, scale) if centred else weight * scale

@@ -129,6 +129,56 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return backend_of(x).rms_norm(x, weight, eps)
 
 
+def centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMS norm whose weight is stored around zero: ``x / sqrt(mean(x²) + eps) * (1 + weight)``.
+
+    ``1 + weight`` is float32 or better whatever the weight's dtype is. Arguments are known to be
+    right.
+
+    Args:
+        x: [..., H], floating.
+        weight: [H], any floating dtype.
+        eps: added to the mean square.
+
+    Returns:
+        Shape and dtype of x.
+    """
+    return backend_of(x).centred_rms_norm(x, weight, eps)
+
+
+def unit_norm(
+    x: Tensor, dim: int, scale: float, weight: Tensor, bias: Tensor | None, eps: float = 1e-12
+) -> Tensor:
+    """``x / max(‖x‖₂ over dim, eps) * scale * weight + bias``, in float32 and rounded once.
+
+    With ``scale`` the root of the dimension's size it is an RMS norm without an eps in the root, as
+    autoencoders have it over their channels. No kernel normalises a dimension that is not the last,
+    and moving it there would copy x twice. So it is composed, of as few passes over x as there can
+    be: one for the norms, one for each factor, and nothing else of x's size is written.
+
+    Args:
+        x: float32, bfloat16 or float16.
+        dim: the dimension that is normalised.
+        scale: factor.
+        weight: broadcasts with x without enlarging it; float32, bfloat16 or float16.
+        bias: likewise, or None for zeros.
+        eps: the least norm that is divided by.
+
+    Returns:
+        Shape of x, and the dtype that x, weight and bias promote to.
+    """
+    wanted = torch.promote_types(x.dtype, weight.dtype)
+    # Half precision is read as it is and summed in float32, not copied to float32 before; the
+    # factor goes to the norms, which are few.
+    norms: Tensor = torch.linalg.vector_norm(x, 2, dim, keepdim=True, dtype=torch.float32)
+    out = x / (norms.clamp_min(eps) / scale)
+    if bias is None:
+        return (out * weight).to(wanted)
+    return torch.addcmul(bias.float(), out, weight.float()).to(
+        torch.promote_types(wanted, bias.dtype)
+    )
+
+
 def layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],

@@ -22,6 +22,7 @@ DTYPE = "dtype other than float32, bfloat16, float16"
 WEIGHT_SHAPE = "weight or bias does not match the last dimension"
 MIXED_DTYPES = "weight dtype that the original rejects or promotes"
 AUTOCAST = "autocast decides the dtype"
+OVERRIDDEN = "a subclass overrides part of it"
 JIT_TRACE = "inside torch.jit.trace"
 
 
@@ -78,6 +79,10 @@ def dress(
         replacement.__name__ = qualname.rpartition(".")[2]
     replacement.__module__ = module
     replacement.__qualname__ = qualname
+    # A code object of its own. Dynamo limits how often one is compiled, and all replacements that
+    # one builder made share theirs: a ninth class would no longer be compiled.
+    assert isinstance(replacement, FunctionType)
+    replacement.__code__ = replacement.__code__.replace()
 
 
 def _share_names(replacement: Callable[..., Any], original: FunctionType) -> None:

@@ -11,11 +11,22 @@ from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
 from types import MappingProxyType
+from typing import NamedTuple
 
 from mindiesd.errors import ParametersInvalid
 
 # One module per family of targets; each holds a tuple called RECORDS.
-FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope", "inline_rope", "modulation")
+FAMILIES = (
+    "sdpa",
+    "rms_norm",
+    "layer_norm",
+    "channel_norm",
+    "ada_norm",
+    "modulation",
+    "activation",
+    "rope",
+    "inline_rope",
+)
 
 INSIDE = "inside"
 """``Patch.reference`` of a replacement that has its parts verified, not the whole call."""
@@ -66,6 +77,27 @@ class Patch:
     def target(self) -> str:
         """The target as people write it, e.g. ``torch.nn.functional.rms_norm``."""
         return f"{self.module}.{self.attribute}"
+
+
+class Left(NamedTuple):
+    """A target that was looked at and is left alone; families list theirs in a tuple ``LEFT``.
+
+    Attributes:
+        target: dotted name.
+        reason: why nothing is gained, or nothing can be proved.
+    """
+
+    target: str
+    reason: str
+
+
+def left() -> dict[str, tuple[Left, ...]]:
+    """By family, what was looked at and is left alone."""
+    found = {
+        family: getattr(import_module(f"mindiesd.patches.{family}"), "LEFT", ())
+        for family in FAMILIES
+    }
+    return {family: targets for family, targets in found.items() if targets}
 
 
 @cache

@@ -1,7 +1,8 @@
 """RMS normalisation: ``torch.nn.functional.rms_norm`` and diffusers' ``RMSNorm``.
 
 ``torch.nn.RMSNorm.forward`` looks ``rms_norm`` up on ``torch.nn.functional`` at call time, so the
-functional target reaches it as well.
+functional target reaches it as well. The classes that libraries wrote themselves are in
+:mod:`mindiesd.patches.rms_classes`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from mindiesd.patches import law
+from mindiesd.patches import law, rms_classes
 from mindiesd.patches.registry import Patch
 from mindiesd.patches.scope import Site
 
@@ -48,7 +49,9 @@ RECORDS = (
         requires={"diffusers": ">=0.35,<0.44"},
         parameters=("self", "hidden_states"),
     ),
+    *rms_classes.RECORDS,
 )
+LEFT = rms_classes.LEFT
 
 
 def build_functional(original: Any, site: Site) -> Callable[..., Any]:

@@ -58,6 +58,9 @@ class Backend(Protocol):
     def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         """RMS norm over the last dimension, rounded once."""
 
+    def centred_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """The same with ``1 + weight``, which is float32 or better."""
+
     def layer_norm(
         self,
         x: Tensor,
@@ -84,6 +87,12 @@ class Backend(Protocol):
 
     def gelu(self, x: Tensor, approximate: str) -> Tensor:
         """GELU: ``"none"``, ``"tanh"`` or ``"fast"``."""
+
+    def geglu(self, x: Tensor, approximate: str) -> Tensor:
+        """First half of the last dimension * GELU of the second: ``"none"`` or ``"tanh"``."""
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """SiLU of the first half of the last dimension * the second."""
 
 
 def backend_for(device_type: str) -> Backend:

@@ -142,6 +142,19 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return torch.rms_norm(x.to(wide), shape, gain, eps).to(x.dtype)
 
 
+def centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) * (1 + weight)`` over the last dimension, rounded once.
+
+    Args:
+        x: [..., H], any floating dtype.
+        weight: [H], any floating dtype.
+        eps: added to the mean square.
+    """
+    wide = _wide(x, weight)
+    gain = weight.to(wide) + 1
+    return torch.rms_norm(x.to(wide), (x.shape[-1],), gain, eps).to(x.dtype)
+
+
 def layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -246,3 +259,15 @@ def gelu(x: Tensor, approximate: str) -> Tensor:
         full = x.to(_wide(x))
         return (full * torch.sigmoid(1.702 * full)).to(x.dtype)
     return torch._C._nn.gelu(x, approximate=approximate)
+
+
+def geglu(x: Tensor, approximate: str) -> Tensor:
+    """First half of the last dimension * GELU of the second, in x's dtype."""
+    left, right = x.chunk(2, -1)
+    return left * torch._C._nn.gelu(right, approximate=approximate)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """SiLU of the first half of the last dimension * the second, in x's dtype."""
+    left, right = x.chunk(2, -1)
+    return torch.nn.functional.silu(left) * right

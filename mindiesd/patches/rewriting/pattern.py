@@ -15,7 +15,7 @@ from functools import cache
 # Methods of a tensor that do nothing but look at it, or make a new tensor of it.
 _READING = frozenset(
     {"unsqueeze", "squeeze", "float", "to", "type_as", "tanh"}
-    | {"view", "reshape", "flatten", "expand", "index_select"}
+    | {"view", "reshape", "flatten", "expand", "index_select", "chunk", "unbind"}
 )
 
 
@@ -131,14 +131,18 @@ def is_plain(node: ast.AST | None) -> bool:
     if isinstance(node, ast.BinOp):
         return is_plain(node.left) and is_plain(node.right)
     if isinstance(node, ast.Call):
-        return (
-            isinstance(node.func, ast.Attribute)
-            and node.func.attr in _READING
-            and is_plain(node.func.value)
-            and all(map(is_plain, node.args))
-            and all(is_plain(keyword.value) for keyword in node.keywords)
-        )
+        return reads(node) and is_plain(node.func.value)  # type: ignore[attr-defined]
     return False
+
+
+def reads(node: ast.Call) -> bool:
+    """Whether a call is of a method that only reads a tensor, with plain arguments."""
+    return (
+        isinstance(node.func, ast.Attribute)
+        and node.func.attr in _READING
+        and all(map(is_plain, node.args))
+        and all(is_plain(keyword.value) for keyword in node.keywords)
+    )
 
 
 def evaluated(node: ast.AST, among: dict[int, str]) -> Iterator[str]:

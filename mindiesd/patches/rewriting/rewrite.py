@@ -387,8 +387,15 @@ def _may_cross(value: ast.expr, statement: ast.stmt) -> bool:
     Only past an assignment to a name that the value does not read, of plain expressions and
     results of other modules of ``self``, or sums and products of such.
     """
-    name, other = _assigned(statement)
-    return name is not None and name not in {node.id for node in _names(value)} and _calm(other)
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return False
+    (target,) = statement.targets
+    # `shift, scale = emb.chunk(2)` as well.
+    parts = target.elts if isinstance(target, ast.Tuple) else [target]
+    if not all(isinstance(part, ast.Name) for part in parts):
+        return False
+    changed = {node.id for node in _names(target)}
+    return changed.isdisjoint(node.id for node in _names(value)) and _calm(statement.value)
 
 
 def _calm(node: ast.expr) -> bool:
@@ -398,6 +405,8 @@ def _calm(node: ast.expr) -> bool:
         owner = node.func.value
         if isinstance(owner, ast.Name) and owner.id == "self":
             return all(map(pattern.is_plain, node.args)) and not node.keywords
+        if pattern.reads(node):
+            return _calm(owner)
     return pattern.is_plain(node)
 
 

@@ -5,9 +5,14 @@ The functions of :class:`mindiesd.ops.backends.Backend`, and :func:`explain`, wh
 """
 
 from mindiesd.ops.backends.native import attention_composed
-from mindiesd.ops.backends.npu.activation import gelu
+from mindiesd.ops.backends.npu.activation import geglu, gelu, swiglu
 from mindiesd.ops.backends.npu.dense import Plan, attention, explain
-from mindiesd.ops.backends.npu.norms import layer_norm, layer_norm_scale_shift, rms_norm
+from mindiesd.ops.backends.npu.norms import (
+    centred_rms_norm,
+    layer_norm,
+    layer_norm_scale_shift,
+    rms_norm,
+)
 from mindiesd.ops.backends.npu.rope import rotate
 from mindiesd.ops.backends.npu.varlen import attention_varlen, host_list
 
@@ -16,11 +21,14 @@ __all__ = [
     "attention",
     "attention_composed",
     "attention_varlen",
+    "centred_rms_norm",
     "explain",
+    "geglu",
     "gelu",
     "host_list",
     "layer_norm",
     "layer_norm_scale_shift",
     "rms_norm",
     "rotate",
+    "swiglu",
 ]

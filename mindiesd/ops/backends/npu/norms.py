@@ -85,6 +85,45 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return out[0] if x.dim() == 1 else out
 
 
+def centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) * (1 + weight)`` over the last dimension, rounded once.
+
+    ``npu_gemma_rms_norm`` adds the 1 itself, in one kernel (A2 and A3; x dense, of the weight's
+    dtype). It is used in float32 only: nothing says in what precision it adds 1 to a half-precision
+    weight. There, ``1 + weight`` is a float32 vector for :func:`rms_norm`, made again for each
+    call: a change of the weight through ``weight.data`` moves neither its version nor its address,
+    so nobody could tell when a vector that was kept is out of date.
+
+    Args:
+        x: [..., H], any floating dtype.
+        weight: [H], any floating dtype.
+        eps: added to the mean square.
+    """
+    series = soc.series()
+    if rms_norm_refusal(x, series) is not None or weight.dtype is torch.float64:
+        return native.centred_rms_norm(x, weight, eps)
+    if weight.dtype is torch.float32:
+        if _swapped(x):
+            return centred_rms_norm(x.transpose(1, 2), weight, eps).transpose(1, 2)
+        if (
+            x.dtype is torch.float32
+            and series in (soc.A2, soc.A3)
+            and x.dim() >= 2
+            and x.is_contiguous()
+        ):
+            out: Tensor = torch.ops.npu.npu_gemma_rms_norm(x, weight, eps)[0]
+            return out
+        return rms_norm(x, weight + 1, eps)
+    device = weight.device
+
+    def build() -> Tensor:
+        return torch.ones(1, dtype=torch.float32, device=device)
+
+    # A tensor of one element decides the dtype of the sum, as a number would not: one kernel.
+    one = constant(frozen(weight), ("one", device), build)
+    return rms_norm(x, torch.add(weight, one), eps)
+
+
 def layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
