@@ -153,7 +153,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     else:
         x_in = x
     cos, sin = _in(cos, dtype), _in(sin, dtype)
-    out: Tensor = torch.ops.npu.npu_rotary_mul(x_in.to(dtype), cos, sin, mode)
+    # Parts of a larger tensor are copied here: no strides are documented for the kernel.
+    out: Tensor = torch.ops.npu.npu_rotary_mul(x_in.to(dtype).contiguous(), cos, sin, mode)
     out = out.transpose(1, 2) if swapped else out
     return out.to(x.dtype)
 
