@@ -115,18 +115,19 @@ def check_layer_norm(name: str, norm: object, x: object) -> None:
         checks.same_device("x", tensor, f"{name}.weight", norm.weight)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, as_is: bool = False) -> Tensor:
     """RMS norm of arguments known to be right.
 
     Args:
         x: [..., H], floating.
         weight: [H], any floating dtype, or None for ones.
         eps: added to the mean square.
+        as_is: whether the caller stands for one that hands x to a kernel with any strides.
 
     Returns:
         Shape and dtype of x.
     """
-    return backend_of(x).rms_norm(x, weight, eps)
+    return backend_of(x).rms_norm(x, weight, eps, as_is)
 
 
 def centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

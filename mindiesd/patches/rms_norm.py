@@ -158,8 +158,9 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
                 if weight is not None:
                     wanted = weight.dtype
                 if hidden_states.dtype is wanted and bias is None:
-                    return norm.rms_norm(hidden_states, weight, self.eps)
-                result = norm.rms_norm(hidden_states.float(), weight, self.eps)
+                    # With a weight the original gives the NPU's kernel any strides, too.
+                    return norm.rms_norm(hidden_states, weight, self.eps, weight is not None)
+                result = norm.rms_norm(hidden_states.float(), weight, self.eps, weight is not None)
                 if bias is not None:
                     result = result + bias
                 return result.to(wanted)

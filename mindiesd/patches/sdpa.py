@@ -30,9 +30,9 @@ RECORDS = (
             "of a materialised score matrix"
         ),
         when=(
-            "4-D query, key and value of one floating dtype and device; no mask, a bool mask or "
-            "an additive mask that broadcasts; no dropout, no gradients, not mask and is_causal "
-            "together"
+            "4-D query, key and value of one floating dtype and device (on an NPU also of another "
+            "number of dimensions); no mask, a bool mask or an additive mask that broadcasts; no "
+            "dropout, no gradients, not mask and is_causal together"
         ),
         numerics="bitwise equal on CPU and CUDA",
         requires={"torch": ">=2.5"},
@@ -110,6 +110,15 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                     )
                 ):
                     reason = law.GRADIENTS
+                elif reason is not None and query.device.type == "npu":
+                    # Its own kernels are 4-D, and so every other rank is computed in pieces.
+                    four = _four(query, key, value, attn_mask, enable_gqa)
+                    if four is not None and attention.refusal(*four, is_causal) is None:
+                        if grad_enabled() and any(t is not None and t.requires_grad for t in four):
+                            reason = law.GRADIENTS
+                        elif site.takes(None):
+                            out = attention.attend(*four, scale, is_causal)
+                            return out.reshape(*query.shape[:-1], value.shape[-1])
             if site.takes(reason):
                 return attention.attend(query, key, value, attn_mask, scale, is_causal)
         kept: Tensor = original(
@@ -118,6 +127,33 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
         return kept
 
     return scaled_dot_product_attention
+
+
+def _four(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None] | None:
+    """The same call in four dimensions; None if it has them, or is not said as simply.
+
+    Args:
+        query: [B, Sq, D], or [..., N, Sq, D] with more than one batch dimension.
+        key: likewise.
+        value: likewise.
+        mask: broadcastable to the scores; no batch dimensions with more than one of the query's.
+        enable_gqa: grouped heads need a dimension of heads.
+    """
+    rank = query.dim()
+    if query.is_nested or key.dim() != rank or value.dim() != rank or 0 in query.shape:
+        return None
+    if rank == 3 and not enable_gqa:
+        if mask is not None and mask.dim() == 3:
+            mask = mask[:, None]
+        return query[:, None], key[:, None], value[:, None], mask
+    if rank > 4 and query.shape[:-3] == key.shape[:-3] == value.shape[:-3]:
+        if mask is not None and mask.dim() > 3:
+            return None
+        last = rank - 4
+        return query.flatten(0, last), key.flatten(0, last), value.flatten(0, last), mask
+    return None
 
 
 def _is_bound(instance: object, function: object) -> bool:

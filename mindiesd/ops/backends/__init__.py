@@ -55,7 +55,7 @@ class Backend(Protocol):
     ) -> Tensor:
         """Matmul, softmax, matmul, in float32 or better."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor, weight: Tensor | None, eps: float, as_is: bool = False) -> Tensor:
         """RMS norm over the last dimension, rounded once."""
 
     def centred_rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

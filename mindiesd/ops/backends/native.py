@@ -125,13 +125,14 @@ def attention_composed(
     return out if head_first else out.transpose(1, 2)
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, as_is: bool = False) -> Tensor:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, rounded once, in x's dtype.
 
     Args:
         x: [..., H], any floating dtype.
         weight: [H], any floating dtype, or None for ones.
         eps: added to the mean square.
+        as_is: of no meaning here.
     """
     shape = (x.shape[-1],)
     same = weight is None or weight.dtype is x.dtype

@@ -11,6 +11,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mindiesd.ops.backends.npu.call import BATCH, HEADS, Call
@@ -20,8 +21,9 @@ from mindiesd.ops.masks import AttentionMask, Band
 SIDE = 2048
 INT_MAX = 2147483647
 
-# Far below any score, and far above the number that kernels mask with.
-_LOWEST = 1e30
+# Far below any score, and far above the number that kernels mask with; more than the distance of
+# float32's neighbours at its lowest, 2 ** 104, so that adding it there is not lost.
+_LOWEST = 2.0**110
 
 LEFT_UP_CAUSAL, RIGHT_DOWN_CAUSAL, BAND = 2, 3, 4
 
@@ -157,33 +159,44 @@ def opened(
     return derived(frozen, _source(mask), ("opened", _key(call)), build)
 
 
-def bias(mask: AttentionMask, call: Call, dtype: torch.dtype, one_row: bool) -> Tensor:
-    """The additive mask, finite: [1|B, N, Sq, Skv], or, if ``one_row``, [B, N, 1, Skv].
+def biased(
+    mask: AttentionMask, call: Call, dtype: torch.dtype, one_row: bool
+) -> tuple[Tensor, Tensor]:
+    """The additive mask, finite, and the ``atten_mask`` beside it.
 
-    Masked-out scores get 0. Every other number stays, being arithmetic and not a mask, except that
-    a row whose largest number is near float32's lowest is raised as a whole, to which softmax is
-    indifferent: kernels mask with such a number, and the row could not be told from what is masked.
+    The first is [1|B, N, Sq, Skv], or, if ``one_row``, [B, N, 1, Skv]; the second as in
+    :func:`full`. Masked-out scores get 0. Every other number stays, being arithmetic and not a
+    mask, except that a row whose largest number is near float32's lowest is raised as a whole, to
+    which softmax is indifferent: kernels mask with such a number, and the row could not be told
+    from what is masked. It is raised to where float32 still swallows any score, as it does at its
+    lowest, so that a row of finite minima stays an average.
+
+    This is for every call that brings a new mask, so launches count: five, and an expansion where
+    the mask broadcasts.
     """
     given = mask.bias
     assert given is not None
     row = one_row and not (call.bias_rows or call.keep or call.band)
 
-    def build() -> Tensor:
+    def build() -> tuple[Tensor, Tensor]:
         four, out = _four(given), _masked_out(mask, call)
         wide = four.float() if torch.finfo(dtype).min < -_LOWEST else four
-        numbers = wide.masked_fill(out, -math.inf)
+        numbers = wide
+        if call.keep or call.band:
+            numbers = wide.masked_fill(out, -math.inf)
         if wide.dtype is torch.float32:
+            # top + _LOWEST where top < -_LOWEST, else 0. Only rows of -inf become NaN here.
             top = numbers.amax(-1, keepdim=True)
-            # In two steps: the sum of the two numbers would lose the second.
-            low = (top < -_LOWEST) & (top != -math.inf)
-            numbers = torch.where(low, (numbers - top) - _LOWEST, numbers)
-        finite = numbers.masked_fill(out, 0.0).to(dtype)
+            finite = (numbers - F.softshrink(top, _LOWEST)).masked_fill_(out, 0.0)
+        else:
+            finite = numbers.masked_fill(out, 0.0)
+        finite = finite.to(dtype)
         batch = call.batch if row or four.shape[0] != 1 or call.keep in (BATCH, HEADS) else 1
         rows = 1 if row else call.queries
-        return finite.expand(batch, call.heads, rows, call.keys).contiguous()
+        return finite.expand(batch, call.heads, rows, call.keys).contiguous(), _full(call, out)
 
     frozen = call.frozen or not _kept(mask)
-    return derived(frozen, given, ("bias", _key(call), dtype, row), build)
+    return derived(frozen, given, ("biased", _key(call), dtype, row), build)
 
 
 def _key(call: Call) -> tuple[object, ...]:

@@ -115,9 +115,9 @@ def _launch(
             options["pse_type"] = 0
         else:
             query, scale = query * scale, 1.0
-        options["pse"] = forms.bias(mask, call, dtype, one_row=True)
+        options["pse"], options["atten_mask"] = forms.biased(mask, call, dtype, one_row=True)
 
-    precise = 0
+    precise = 2 if call.bias else 0
     mode = None if call.keep or call.bias else forms.sparse(call)
     if mode is not None:
         options["atten_mask"] = forms.compressed(device, call.frozen)
@@ -127,7 +127,7 @@ def _launch(
             names = ("pre_tockens", "next_tockens")
         options.update(zip(names, (mode.pre, mode.next), strict=True))
         precise = 2 if call.empties_rows() else 0
-    elif call.masked:
+    elif call.masked and not call.bias:
         options["atten_mask"] = forms.full(mask, call, device)
         precise = 2
 
@@ -143,6 +143,9 @@ def _launch(
         into(key, call, layout, dim),
         into(value, call, layout, value_dim),
     )
+    if call.bias:
+        # Without the kernel there would be no copies of strided tensors: they are made in sight.
+        arguments = tuple(tensor.contiguous() for tensor in arguments)
     out: Tensor = getattr(torch.ops.npu, name)(
         *arguments, call.heads, layout, scale=scale, inner_precise=precise, **options
     )[0]

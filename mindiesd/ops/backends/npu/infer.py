@@ -61,12 +61,14 @@ def launch(
         options["atten_mask"] = forms.compressed(query.device, call.frozen)
         options.update(sparse_mode=mode.mode, pre_tokens=mode.pre, next_tokens=mode.next)
         precise = 2 if call.empties_rows() else 0
+    elif call.bias:
+        assert mask is not None
+        both = forms.biased(mask, call, call.dtype, one_row=False)
+        options["pse_shift"], options["atten_mask"] = both
+        precise = 2
     elif call.masked:
         options["atten_mask"] = forms.full(mask, call, query.device)
         precise = 2
-    if call.bias:
-        assert mask is not None
-        options["pse_shift"] = forms.bias(mask, call, call.dtype, one_row=False)
     dim = max(call.dim, call.value_dim)
     dim += -dim % 16
     tensors = [into(tensor, call, layout, dim).contiguous() for tensor in (query, key, value)]

@@ -31,11 +31,6 @@ def _ones(x: Tensor) -> Tensor:
     return constant(frozen(x), ("ones", size, dtype, device), build)
 
 
-def _swapped(x: Tensor) -> bool:
-    """Whether ``x`` is the transposed view [B, N, S, D] of dense [B, S, N, D] memory, or so."""
-    return x.dim() == 4 and not x.is_contiguous() and turned(x)
-
-
 def rms_norm_refusal(x: Tensor, series: str) -> str | None:
     """Why ``npu_rms_norm`` is not for this input; None if it is."""
     if series == soc.UNKNOWN:
@@ -52,13 +47,18 @@ def rms_norm_refusal(x: Tensor, series: str) -> str | None:
     return None
 
 
-def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, as_is: bool = False) -> Tensor:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, rounded once, in x's dtype.
+
+    A norm written out in elementary operators keeps the order of memory, and code after it may
+    count on that (``view``), so the result has it too; the kernel gets contiguous tensors.
 
     Args:
         x: [..., H], any floating dtype.
         weight: [H], any floating dtype, or None for ones.
         eps: added to the mean square.
+        as_is: whether what is replaced hands x to this kernel with any strides, and gets a
+            contiguous result: then so do we, where the memory is not dense with H innermost.
     """
     series = soc.series()
     if rms_norm_refusal(x, series) is not None or (
@@ -69,10 +69,11 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         full = x.to(wide or torch.float32)
         gain = None if weight is None else weight.to(full.dtype)
         return torch.rms_norm(full, (x.shape[-1],), gain, eps).to(x.dtype)
-    if _swapped(x):
-        # In the order of its memory: no copy, none for the attention that follows, and the strides
-        # that a norm written out in elementary operators has. (ATen's layer norm is contiguous.)
-        return rms_norm(x.transpose(1, 2), weight, eps).transpose(1, 2)
+    if not x.is_contiguous():
+        if x.dim() == 4 and turned(x):
+            return rms_norm(x.transpose(1, 2), weight, eps).transpose(1, 2)
+        if not as_is:
+            return _in_order(x, weight, eps)
     given = x[None] if x.dim() == 1 else x
     gamma = _ones(x) if weight is None else weight
     if gamma.dtype is not x.dtype and gamma.dtype is not torch.float32:
@@ -122,6 +123,19 @@ def centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     # A tensor of one element decides the dtype of the sum, as a number would not: one kernel.
     one = constant(frozen(weight), ("one", device), build)
     return rms_norm(x, torch.add(weight, one), eps)
+
+
+def _in_order(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """:func:`rms_norm` of a tensor that is not contiguous, with the order of its memory kept."""
+    rank = x.dim()
+    order = sorted(range(rank), key=lambda axis: -x.stride(axis))
+    back = sorted(range(rank), key=lambda axis: order[axis])
+    if order[-1] == rank - 1:
+        return rms_norm(x.permute(order).contiguous(), weight, eps).permute(back)
+    # The normalised dimension is not the innermost one. Two copies and the kernel are three
+    # launches of the five that it takes in pieces.
+    out = rms_norm(x.contiguous(), weight, eps)
+    return out.permute(order).contiguous().permute(back)
 
 
 def layer_norm(

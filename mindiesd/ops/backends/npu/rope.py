@@ -226,7 +226,8 @@ def _launch(
         table = (1, shape[1], 1, shape[3])
         cos, sin = cos.reshape(table), sin.reshape(table)
     mode = "interleave" if interleaved else "half"
-    out: Tensor = torch.ops.npu.npu_rotary_mul(seen.to(dtype), cos, sin, mode)
+    # Parts of a larger tensor are copied here: no strides are documented for the kernel.
+    out: Tensor = torch.ops.npu.npu_rotary_mul(seen.to(dtype).contiguous(), cos, sin, mode)
     return out.to(x.dtype) if shape == x.shape else out.to(x.dtype).view(x.shape)
 
 
