@@ -17,7 +17,7 @@ Examples:
   mindiesd-run --skip sdpa torchrun --nproc-per-node 8 script.py
 
 Each option may also be given as a variable: MINDIESD_ONLY, _SKIP, _NUMERICS, _VERIFY, _STRICT,
-_REPORT, _QUIET, _EMULATE, _COMPARE, and _DEVICE=0 for --no-device. Everything from the script on, or
+_REPORT, _QUIET, _EMULATE, _COMPARE, _DEVICE (0: --no-device). Everything from the script on, or
 from -m or -c on, belongs to the command."""
 
 
