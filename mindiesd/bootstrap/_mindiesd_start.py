@@ -11,7 +11,8 @@ This module and ``attach`` speak of these environment variables:
 * ``_MINDIESD_SESSION``: ``pid:directory``. The first of our Pythons to start below the launcher
   (usually the launcher's own process, whose pid survives ``exec``) is the main process: it writes
   this variable and, at its end, the one report. Its children leave their counts in that directory,
-  which the first of them creates.
+  which the first of them creates. Under ``--compare`` the launcher itself is the main process.
+* ``_MINDIESD_RUN``: ``unpatched`` or ``patched``, which of its two runs this is.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Process:
             os.environ["_MINDIESD_SESSION"] = session
         pid, _, self.session = session.partition(":")
         self.main_pid = int(pid)
+        self.run = os.environ.get("_MINDIESD_RUN", "")
         self.variables = {
             name: value for name, value in os.environ.items() if name.startswith("MINDIESD_")
         }

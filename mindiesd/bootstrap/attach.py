@@ -7,18 +7,21 @@ import os
 import stat
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 from mindiesd.bootstrap.settings import Settings
-from mindiesd.patches import patch_all
+from mindiesd.patches import Migration, patch_all
 from mindiesd.patches.process import current_migration
-from mindiesd.patches.report import Report
+from mindiesd.patches.report import Report, versions
 
 if TYPE_CHECKING:
     from mindiesd.bootstrap._mindiesd_start import Process
+
+OWN_PATCHES = "the script calls patch_all() itself, so it was patched without the launcher too"
 
 
 class Attached:
@@ -40,8 +43,11 @@ class Attached:
             prepare()
             # Registered before the patches' own hook: they find the device there.
             wrapt.register_post_import_hook(lambda _: self._emulate(), "torch")
-        # A script that called patch_all before it imported torch has decided.
-        self._migration = current_migration() or patch_all(**settings.for_patch_all())
+        self._options = settings.for_patch_all()
+        self._migration: Migration | None = None
+        if me.run != "unpatched":
+            # A script that called patch_all before it imported torch has decided.
+            self._migration = current_migration() or patch_all(**self._options)
         self._ticket = _ticket()
         wrapt.register_post_import_hook(lambda _: self.expect_counts(), "torch")
 
@@ -53,18 +59,31 @@ class Attached:
             # Until the process ends: the report shows it.
             self.trace = emulator.Trace()
             emulator.listen(self.trace)
+            if self._me.run:
+                _seed()
         except Exception as error:  # noqa: BLE001 - the user's import must not fail
             self._me.trouble("the emulated NPU could not be started", error)
 
     def report(self) -> Report:
         """What became of this process's calls."""
         # A script may itself call patch_all with other options: the last call decides.
-        current = current_migration()
-        return (self._migration if current is None else current).report()
+        migration = current_migration() or self._migration
+        if migration is None or self._me.run == "unpatched":
+            report = Report(patches=[], options=self._options, versions=versions())
+            report.torch_imported = "torch" in sys.modules
+            if migration is not None:
+                report.notes.append(OWN_PATCHES)
+        else:
+            report = replace(migration.report())
+        if self.trace is not None:
+            report.trace = self.trace.to_dict()
+        return report
 
     def forked(self) -> None:
         """Forget the parent's counts: it reports them itself."""
         self._ticket = _ticket()
+        if self.trace is not None:
+            self.trace.forget()
         for migration in (self._migration, current_migration()):
             if migration is not None:
                 migration.forget_counts()
@@ -101,9 +120,20 @@ class Attached:
         return True
 
 
+def _seed() -> None:
+    """Let two runs that are compared draw the same numbers; the program may seed them otherwise."""
+    import random
+
+    import torch
+
+    torch.manual_seed(0)
+    random.seed(0)
+    wrapt.register_post_import_hook(lambda numpy: numpy.random.seed(0), "numpy")
+
+
 def close(me: Process) -> None:
     """In the main process, at its end: the one report."""
-    reports, missing = _collect(me.session)
+    reports, missing = collect(me.session)
     settings = Settings.read(me.variables)
     if me.attached is not None and "torch" in sys.modules:
         reports.insert(0, me.attached.report())
@@ -115,26 +145,46 @@ def close(me: Process) -> None:
     if not reports:
         return
     report = Report.merged(reports)
-    note = ""
-    if missing:
-        note = f"{missing} more handed in no counts (killed, or still running)"
+    note = missed(missing)
+    if note:
         report.notes.append(note)
         report.torch_imported = True
-    if settings.report not in ("", "1"):
-        try:
-            _write(settings.report, report.to_json())
-        except OSError as error:
-            me.say(f"mindiesd: cannot write {settings.report}: {error.strerror}")
+    for line in save(report, settings.report):
+        me.say(line)
     if not settings.quiet:
-        line = "; ".join(filter(None, [report.summary(), note]))
-        me.say(str(report) if settings.report == "1" and report.torch_imported else line)
-        if me.attached is not None and me.attached.trace is not None:
-            text = str(me.attached.trace)
+        me.say(shown(report, settings.report, note))
+        if report.trace is not None:
+            from mindiesd.emulator.counts import Counts
+
+            text = str(Counts.from_dict(report.trace))
             whole = settings.report == "1"
             me.say(f"emulated NPU: {text if whole else text.splitlines()[0]}")
 
 
-def _collect(folder: str) -> tuple[list[Report], int]:
+def shown(report: Report, wanted: str, note: str) -> str:
+    """The report for the terminal: the table if it is wanted, else one line."""
+    if wanted == "1" and report.torch_imported:
+        return str(report)
+    return "; ".join(filter(None, [report.summary(), note]))
+
+
+def missed(number: int) -> str:
+    """What to say of processes that announced counts and never handed them in."""
+    return f"{number} more handed in no counts (killed, or still running)" if number else ""
+
+
+def save(report: Report, path: str) -> list[str]:
+    """Write the report's file, if ``path`` is one; what went wrong, in lines for people."""
+    if path in ("", "1"):
+        return []
+    try:
+        _write(path, report.to_json())
+    except OSError as error:
+        return [f"mindiesd: cannot write {path}: {error.strerror}"]
+    return []
+
+
+def collect(folder: str) -> tuple[list[Report], int]:
     """The counts that children left, and how many announced theirs in vain. Removes the folder."""
     reports: list[Report] = []
     missing = 0

@@ -26,6 +26,8 @@ class Settings(NamedTuple):
         report: ``""`` for one line at the end, ``"1"`` for a table, or the path of a JSON file.
         quiet: whether the report is not printed.
         emulate: whether processes get an emulated NPU.
+        compare: whether the command is run without the patches too, and the two are compared.
+        device: whether ``"cuda"`` means the NPU where there is one and CUDA is not.
     """
 
     only: tuple[str, ...] | None = None
@@ -36,6 +38,8 @@ class Settings(NamedTuple):
     report: str = ""
     quiet: bool = False
     emulate: bool = False
+    compare: bool = False
+    device: bool = True
 
     @classmethod
     def read(cls, environ: Mapping[str, str], given: Mapping[str, str] | None = None) -> Settings:
@@ -68,6 +72,8 @@ class Settings(NamedTuple):
             "report": self.report,
             "quiet": "1" if self.quiet else "",
             "emulate": "1" if self.emulate else "",
+            "compare": "1" if self.compare else "",
+            "device": "" if self.device else "0",
         }
         return {PREFIX + name.upper(): text for name, text in texts.items() if text}
 

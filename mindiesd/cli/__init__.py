@@ -17,7 +17,7 @@ from mindiesd.errors import ParametersInvalid
 
 
 def main() -> int:
-    """Entry point of ``mindiesd-run``; returns only when there is nothing to run."""
+    """Entry point of ``mindiesd-run``; returns only where it does not become the command."""
     try:
         return _run(sys.argv[1:])
     except (Refused, ParametersInvalid) as problem:
@@ -38,6 +38,10 @@ def _run(arguments: list[str]) -> int:
     settings = Settings.read(os.environ, given)
     _check(settings, given)
     command = resolve(arguments)
+    if settings.compare:
+        from mindiesd.cli.compare import compare
+
+        return compare(command, settings)
     _become(command, environment(settings))
 
 
@@ -52,6 +56,12 @@ def _check(settings: Settings, given: dict[str, str]) -> None:
             name = problem.argument
             label = f"--{name}" if name in given else f"MINDIESD_{name.upper()}"
             raise ParametersInvalid(label, problem.received, problem.allowed) from None
+    if settings.compare:
+        label = "--compare" if "compare" in given else "MINDIESD_COMPARE"
+        if not settings.emulate:
+            raise Refused(f"{label} counts what an emulated NPU launches; add --emulate")
+        if settings.verify:
+            raise Refused(f"{label} would count the launches of --verify too; leave one out")
     if settings.report not in ("", "1"):
         folder = os.path.dirname(settings.report)
         label = "--report" if "report" in given else "MINDIESD_REPORT"
@@ -71,10 +81,12 @@ def environment(settings: Settings) -> dict[str, str]:
             f"PYTHONPATH cannot hold {bootstrap}; install mindiesd in a path without {os.pathsep}"
         )
     ours = {f"MINDIESD_{name.upper()}" for name in Settings._fields}
+    # A launcher below one that compares belongs to its run.
+    kept = {"_MINDIESD_RUN", "_MINDIESD_SESSION"} if "_MINDIESD_RUN" in os.environ else set()
     env = {
         name: value
         for name, value in os.environ.items()
-        if name not in ours and not name.startswith("_MINDIESD_")
+        if name in kept or (name not in ours and not name.startswith("_MINDIESD_"))
     }
     env.update(settings.variables())
     if settings.emulate:

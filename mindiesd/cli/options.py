@@ -17,8 +17,8 @@ Examples:
   mindiesd-run --skip sdpa torchrun --nproc-per-node 8 script.py
 
 Each option may also be given as a variable: MINDIESD_ONLY, _SKIP, _NUMERICS, _VERIFY, _STRICT,
-_REPORT, _QUIET, _EMULATE. Everything from the script on, or from -m or -c on, belongs to the
-command."""
+_REPORT, _QUIET, _EMULATE, _COMPARE, _DEVICE (0: --no-device). Everything from the script on, or
+from -m or -c on, belongs to the command."""
 
 
 class _Launcher(click.Command):
@@ -64,6 +64,17 @@ _command = _Launcher(
             is_flag=True,
             help="Give the program an NPU in host memory and count what it launches there.",
         ),
+        click.Option(
+            ["--compare"],
+            is_flag=True,
+            help="With --emulate: run the command without the patches first, then with them, and "
+            "tell what each launched. Never a time.",
+        ),
+        click.Option(
+            ["--no-device"],
+            is_flag=True,
+            help='Leave "cuda" alone; without this it means the NPU where CUDA is not available.',
+        ),
         click.Option(["--quiet"], is_flag=True, help="Write no summary at the end."),
         click.Option(["--list"], is_flag=True, help="Show every patch and exit."),
         click.Option(["--status"], is_flag=True, help="Examine this installation and exit."),
@@ -104,9 +115,11 @@ def read(
     for name in ("numerics", "verify", "report"):
         if values[name] is not None:
             given[name] = values[name]
-    for name in ("strict", "quiet", "emulate"):
+    for name in ("strict", "quiet", "emulate", "compare"):
         if values[name]:
             given[name] = "1"
+    if values["no_device"]:
+        given["device"] = "0"
     return given, _action(values, help_text), rest
 
 

@@ -21,6 +21,15 @@ _copy = torch.ops.aten.copy_.default
 _as_strided = torch.ops.aten.as_strided.default
 
 
+def require_device(device: torch.device | None) -> None:
+    """Raise for an NPU that is not there: there is one, number 0."""
+    if device is not None and device.type == "npu" and device.index not in (None, 0):
+        raise RuntimeError(
+            f"Invalid device id {device.index}: the emulator has one device, npu:0 "
+            "(device ordinal out of range)"
+        )
+
+
 def is_npu(value: object) -> bool:
     """Whether ``value`` is a tensor in the emulated device's memory."""
     return isinstance(value, Tensor) and value.device.type == "npu"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mindiesd.emulator import record
-from mindiesd.emulator.alias import cpu_alias
+from mindiesd.emulator.alias import cpu_alias, require_device
 from mindiesd.emulator.call import Call, below
 from mindiesd.emulator.copies import resize_out
 from mindiesd.emulator.random import cpu_default_generator, cpu_generator
@@ -138,7 +138,7 @@ def cpu_kernel(name: str) -> Callable[..., Any]:
 
     def kernel(*args: Any, **kwargs: Any) -> Any:
         with below():
-            call = Call()
+            call = Call(f"aten::{name}")
             cpu_args = [call.alias(value) for value in args]
             for index in wraps:
                 if index < len(cpu_args) and isinstance(cpu_args[index], (int, float, complex)):
@@ -147,8 +147,9 @@ def cpu_kernel(name: str) -> Callable[..., Any]:
             for key, value in kwargs.items():
                 cpu_kwargs[key] = _fresh(value) if key in outs else call.alias(value)
             if not host_indices:
-                call.require_one_device(f"aten::{name}")
+                call.require_one_device()
             if takes_device:
+                require_device(kwargs.get("device"))
                 cpu_kwargs["device"] = _CPU
                 cpu_kwargs.pop("pin_memory", None)
             if takes_generator:

@@ -36,10 +36,15 @@ class below:
 class Call:
     """The arguments of one call, aliased: which NPU memory lies behind which CPU storage."""
 
-    __slots__ = ("_originals", "_storages", "host")
+    __slots__ = ("_originals", "_storages", "host", "name")
 
-    def __init__(self) -> None:
-        """Start with no arguments."""
+    def __init__(self, name: str) -> None:
+        """Start with no arguments.
+
+        Args:
+            name: the operator, for messages.
+        """
+        self.name = name
         self._storages: dict[int, Any] = {}
         self._originals: dict[int, Tensor] = {}
         self.host: Tensor | None = None
@@ -48,6 +53,7 @@ class Call:
         """``value`` with every NPU tensor in it replaced by its alias."""
         if isinstance(value, Tensor):
             if value.device.type == "npu":
+                self._require_strided(value)
                 result = cpu_alias(value, self._storages)
                 self._originals.setdefault(value.untyped_storage().data_ptr(), value)
                 return result
@@ -61,6 +67,7 @@ class Call:
     def result(self, value: Any, keep_strides: bool) -> Any:
         """``value`` with every CPU tensor in it moved to the device."""
         if isinstance(value, Tensor):
+            self._require_strided(value)
             if value.numel():
                 original = self._originals.get(value.untyped_storage().data_ptr())
                 if original is not None and original.dtype == value.dtype:
@@ -70,10 +77,15 @@ class Call:
             return [self.result(item, keep_strides) for item in value]
         return value
 
-    def require_one_device(self, name: str) -> None:
+    def _require_strided(self, value: Tensor) -> None:
+        if value.layout is not torch.strided or value.is_quantized:
+            kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
+            raise NotImplementedError(f"not emulated: {self.name} with a {kind} tensor")
+
+    def require_one_device(self) -> None:
         """Raise if there were tensors of the device and, larger than a number, of the host."""
         if self.host is not None and self._originals:
             raise RuntimeError(
                 "Expected all tensors to be on the same device, but found at least two devices, "
-                f"npu:0 and cpu! (when calling {name})"
+                f"npu:0 and cpu! (when calling {self.name})"
             )

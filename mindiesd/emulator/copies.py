@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mindiesd.emulator import record
-from mindiesd.emulator.alias import cpu_alias, npu_copy
+from mindiesd.emulator.alias import cpu_alias, npu_copy, require_device
 from mindiesd.emulator.call import below
 
 _CPU = torch.device("cpu")
@@ -59,6 +59,7 @@ def to_copy(
     Only contiguous and preserved memory formats exist on the device (torch_npu's own message).
     """
     target = self.device if device is None else device
+    require_device(target)
     if memory_format not in (None, torch.preserve_format, torch.contiguous_format):
         raise RuntimeError("Only contiguous_format or preserve_format is supported.")
     with below():

@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from mindiesd.emulator import aten, copies, npu, ops, quirks
+from mindiesd.emulator import aten, copies, npu, ops, quirks, refusals
 
 _libraries: list[Any] = []
 
 
-def _registered(namespace: str) -> list[str]:
+def _registered(namespace: str, key: str = "PrivateUse1") -> list[str]:
     """Operators of ``namespace`` that have a kernel for the device, without the namespace."""
-    names: list[str] = torch._C._dispatch_get_registrations_for_dispatch_key("PrivateUse1")
+    names: list[str] = torch._C._dispatch_get_registrations_for_dispatch_key(key)
     prefix = namespace + "::"
     return sorted(name[len(prefix) :] for name in names if name.startswith(prefix))
 
@@ -65,9 +65,14 @@ def register() -> None:
         one_hot = aten.cpu_kernel("one_hot")
         library.impl("one_hot", one_hot, "AutogradPrivateUse1", allow_override=True)
         library = _library("npu")
+        selected = _registered("npu", "BackendSelect")
         for name in _registered("npu"):
             if name in ops.KEPT or not _exists("npu", name):
                 continue
             function = ops.TABLE.get(name)
             kernel = npu.npu_kernel(name, function) if function else _not_emulated(f"npu::{name}")
             library.impl(name, kernel, "PrivateUse1", allow_override=True)
+            if function is None and name in selected:
+                # Without a tensor there is no device to dispatch by.
+                library.impl(name, kernel, "BackendSelect", allow_override=True)
+    refusals.install()

@@ -42,7 +42,7 @@ def npu_kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                     f"argument #{index} {key!r} (when calling npu::{name})"
                 )
         with below():
-            call = Call()
+            call = Call(f"npu::{name}")
             cpu_args = [call.alias(value) for value in args]
             cpu_kwargs = {key: call.alias(value) for key, value in kwargs.items()}
             if base in _HOST_ARGUMENTS:
@@ -51,7 +51,7 @@ def npu_kernel(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
                     if is_npu(given.get(key)):
                         raise RuntimeError(f"npu::{name}: {key}: tensor must be on CPU")
             else:
-                call.require_one_device(f"npu::{name}")
+                call.require_one_device()
             raw = function(*cpu_args, **cpu_kwargs)
             if written:
                 result = args[written[0]]

@@ -7,7 +7,6 @@ renamed, so that no process ever sees half of it.
 
 from __future__ import annotations
 
-import atexit
 import ctypes
 import hashlib
 import os
@@ -71,27 +70,39 @@ def _is_private(folder: Path) -> bool:
 
 
 def _cache_root() -> Path:
-    """This user's private folder for compiled files; a fresh one when none can be kept."""
+    """This user's private folder for compiled files, made if it is not there.
+
+    Raises:
+        EmulatorUnavailable: it cannot be made, or others could put files of theirs in.
+    """
     base = os.environ.get("XDG_CACHE_HOME")
     # A relative XDG_CACHE_HOME is to be ignored (XDG base directory specification).
     parent = Path(base) if base and os.path.isabs(base) else Path("~/.cache").expanduser()
     root = parent / "mindiesd" / "emulator"
     try:
-        if parent.is_absolute():
-            root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-            owner = root.parent.lstat()
-            # Whoever can write the folder above could swap ours for theirs.
-            if owner.st_uid == os.geteuid() and not owner.st_mode & 0o022:
-                root.mkdir(mode=0o700, exist_ok=True)
-                if root.lstat().st_uid == os.geteuid() and not root.is_symlink():
-                    root.chmod(0o700)
-                if _is_private(root) and os.access(root, os.W_OK):
-                    return root
-    except OSError:
-        pass
-    fresh = Path(tempfile.mkdtemp(prefix="mindiesd-emulator-"))  # mkdtemp makes it 0700
-    atexit.register(shutil.rmtree, fresh, ignore_errors=True)
-    return fresh
+        root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        owner = root.parent.lstat()
+        # Whoever can write the folder above could swap ours for theirs.
+        if not stat.S_ISDIR(owner.st_mode) or owner.st_uid != os.geteuid() or owner.st_mode & 0o022:
+            raise _no_cache(root.parent, "others can write to it, or it is not yours")
+        root.mkdir(mode=0o700, exist_ok=True)
+        if root.is_symlink() or root.lstat().st_uid != os.geteuid():
+            raise _no_cache(root, "it is a link, or not yours")
+        root.chmod(0o700)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, EmulatorUnavailable):
+            raise
+        raise _no_cache(root, getattr(error, "strerror", None) or str(error)) from None
+    if not _is_private(root) or not os.access(root, os.W_OK):
+        raise _no_cache(root, "it is not private and writable")
+    return root
+
+
+def _no_cache(folder: Path, why: str) -> EmulatorUnavailable:
+    return EmulatorUnavailable(
+        "the emulated NPU needs a private folder for what it compiles, and "
+        f"{folder} cannot be used: {why}; set XDG_CACHE_HOME to a folder of your own"
+    )
 
 
 def _run(command: list[str]) -> None:

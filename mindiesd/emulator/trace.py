@@ -34,6 +34,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -42,6 +43,7 @@ import torch
 from torch import Tensor
 
 from mindiesd.emulator import record
+from mindiesd.emulator.counts import Counts, shown, stack
 
 _SOFTMAX = frozenset({"aten::_softmax", "aten::softmax.int", "aten::_safe_softmax"})
 _PRODUCTS = frozenset({"aten::matmul", "aten::bmm", "aten::mm", "aten::baddbmm"})
@@ -50,6 +52,9 @@ _CASTS = frozenset({"npu::npu_dtype_cast", "npu::_npu_dtype_cast"})
 _HERE = str(Path(__file__).parent.parent) + "/"
 _TORCH = str(Path(torch.__file__).parent)
 _INSIDE = (_HERE, _TORCH + "/", _TORCH + "_npu/", "<frozen ", "<eval_with_key>")
+# Enough to look past a patched function that calls another one.
+_DEPTH = 4
+_NOBODY = "<autograd>"
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -71,63 +76,42 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _site() -> str:
-    """``file:line`` of the innermost frame that is neither torch's nor the emulator's."""
+def _frames() -> tuple[tuple[str, int], ...]:
+    """File and line of the innermost frames that are neither torch's nor ours."""
+    found: list[tuple[str, int]] = []
     frame = sys._getframe(1)
-    while frame is not None:
+    while frame is not None and len(found) < _DEPTH:
         name = frame.f_code.co_filename
         if not name.startswith(_INSIDE):
-            shown = name
-            marker = "site-packages/"
-            if marker in name:
-                shown = name[name.rindex(marker) + len(marker) :]
-            return f"{shown}:{frame.f_lineno}"
+            found.append((name, frame.f_lineno))
         if frame.f_back is None:
             break
         frame = frame.f_back
-    return "<autograd>"
+    return tuple(found)
 
 
-class Trace:
-    """The counts of one ``with trace()`` block, over all threads of the process.
+@cache
+def _lines(frames: tuple[tuple[str, int], ...]) -> tuple[str, str]:
+    """The calling line, and the key of the stack above it."""
+    lines = [f"{shown(name)}:{number}" for name, number in frames] or [_NOBODY]
+    return lines[0], stack(lines)
 
-    Attributes:
-        launches: launches by operator.
-        sites: launches by calling line, then by operator.
-        bytes_read: of the arguments of all launches.
-        bytes_written: of their results.
-        casts: dtype casts, as ``"float32 -> float16"``.
-        layout_copies: hidden copies, as ``"npu::operator(argument)"``.
-        layout_copy_bytes: what they read and write.
-        squares: Sq x Skv tensors written, by operator.
-        square_bytes: what they hold.
-        transfers: ``"host -> device"``, ``"device -> host"`` and ``"item"``.
-        transfer_bytes: what those moved.
-    """
+
+class Trace(Counts):
+    """The counts of one ``with trace()`` block, over all threads of the process."""
 
     def __init__(self) -> None:
         """Start with nothing counted."""
-        self.launches: Counter[str] = Counter()
-        self.sites: dict[str, Counter[str]] = {}
-        self.bytes_read = 0
-        self.bytes_written = 0
-        self.casts: Counter[str] = Counter()
-        self.layout_copies: Counter[str] = Counter()
-        self.layout_copy_bytes = 0
-        self.squares: Counter[str] = Counter()
-        self.square_bytes = 0
-        self.transfers: Counter[str] = Counter()
-        self.transfer_bytes = 0
+        super().__init__()
         self._lock = threading.Lock()
         # Launches that may turn out to lead to a softmax: (operator, shape, bytes).
         self._chain: list[tuple[str, tuple[int, ...], int]] = []
         # The shape of the scores that the last softmax wrote.
         self._scores: tuple[int, ...] | None = None
 
-    @property
-    def total(self) -> int:
-        """All launches."""
-        return self.launches.total()
+    def forget(self) -> None:
+        """Count from zero: a forked child has launched nothing of what its parent did."""
+        self.__init__()  # type: ignore[misc]
 
     def on_launch(self, name: str, inputs: Any, outputs: Any) -> None:
         """Count one kernel (called by the kernels)."""
@@ -135,10 +119,11 @@ class Trace:
         if not written:
             return
         read = [tensor for tensor in _tensors(inputs) if tensor.device.type == "npu"]
-        site = _site()
+        site, key = _lines(_frames())
         with self._lock:
             self.launches[name] += 1
             self.sites.setdefault(site, Counter())[name] += 1
+            self.stacks[key] += 1
             self.bytes_read += sum(map(_bytes, read))
             self.bytes_written += sum(map(_bytes, written))
             if name in _CASTS:
@@ -209,60 +194,6 @@ class Trace:
     def _square(self, name: str, size: int) -> None:
         self.squares[name] += 1
         self.square_bytes += size
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, for programs (JSON can hold it)."""
-        return {
-            "total_launches": self.total,
-            "launches": dict(self.launches.most_common()),
-            "sites": {
-                site: dict(counts.most_common())
-                for site, counts in sorted(self.sites.items(), key=lambda item: -item[1].total())
-            },
-            "bytes_read": self.bytes_read,
-            "bytes_written": self.bytes_written,
-            "casts": dict(self.casts.most_common()),
-            "layout_copies": dict(self.layout_copies.most_common()),
-            "layout_copy_bytes": self.layout_copy_bytes,
-            "squares": dict(self.squares.most_common()),
-            "square_bytes": self.square_bytes,
-            "transfers": dict(self.transfers.most_common()),
-            "transfer_bytes": self.transfer_bytes,
-        }
-
-    def __str__(self) -> str:
-        """A short table, for people."""
-        lines = [
-            f"{self.total} launches, {_human(self.bytes_read)} read, "
-            f"{_human(self.bytes_written)} written (counts only; the emulator has no clock)"
-        ]
-        for title, counts in (("", self.launches), ("cast ", self.casts)):
-            lines += [f"{count:7}  {title}{name}" for name, count in counts.most_common()]
-        for count, text in (
-            (self.layout_copies.total(), f"hidden layout copies, {_human(self.layout_copy_bytes)}"),
-            (self.squares.total(), f"Sq x Skv tensors written, {_human(self.square_bytes)}"),
-            (self.transfers.total(), f"transfers, {_human(self.transfer_bytes)}"),
-        ):
-            lines.append(f"{count:7}  {text}")
-        lines += ["by calling line:"]
-        ranked = sorted(self.sites.items(), key=lambda item: -item[1].total())
-        for site, counts in ranked[:20]:
-            most = ", ".join(f"{count} {name}" for name, count in counts.most_common(4))
-            lines.append(f"{counts.total():7}  {site}  ({most})")
-        if len(ranked) > 20:
-            lines.append(f"         and {len(ranked) - 20} more lines")
-        return "\n".join(lines)
-
-
-def _human(size: int) -> str:
-    if size < 1024:
-        return f"{size} B"
-    amount = float(size)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if amount < 1024:
-            return f"{amount:.1f} {unit}"
-        amount /= 1024
-    return f"{amount:.1f} TiB"
 
 
 class _CallableModule(ModuleType):

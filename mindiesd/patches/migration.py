@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from types import CodeType, FunctionType
 from typing import Any
 
 from mindiesd.errors import ParametersInvalid, PatchError
@@ -12,6 +13,7 @@ from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.registry import select, words
 from mindiesd.patches.report import PatchReport, Report, versions
 from mindiesd.patches.verify import Verification
+from mindiesd.patches.sweep import Swap
 
 NUMERICS = ("faithful", "fast")
 
@@ -71,6 +73,28 @@ def _tuple(argument: str, value: str | Iterable[str] | None) -> tuple[str, ...] 
         if not isinstance(name, str):
             raise ParametersInvalid(argument, value, "None, a text or a sequence of texts")
     return names
+
+
+def _sources(replaced: Iterable[Swap]) -> list[str]:
+    """Where the originals lie that functions of ours stand for, as ``file:first-last``.
+
+    A function that was made from the original's own source counts for itself: its lines are the
+    original's.
+    """
+    found = []
+    for swap in replaced:
+        old, new = swap.old, swap.new
+        if isinstance(old, FunctionType) and isinstance(new, FunctionType):
+            code = old.__code__
+            if new.__code__.co_filename != code.co_filename:
+                found.append(f"{code.co_filename}:{code.co_firstlineno}-{_last_line(code)}")
+    return found
+
+
+def _last_line(code: CodeType) -> int:
+    lines = [line for _, _, line in code.co_lines() if line is not None]
+    inner = [_last_line(const) for const in code.co_consts if isinstance(const, CodeType)]
+    return max([code.co_firstlineno, *lines, *inner])
 
 
 class Migration:
@@ -178,6 +202,7 @@ class Migration:
                         rebound=[holder.where for holder in state.holders[1:]],
                         unreached=unreached.get(patch.name, []),
                         **self._verified(patch.name),
+                        sources=_sources(state.replaced),
                     )
                 )
             notes = [*ENGINE.notes, *self.notes]

@@ -11,8 +11,11 @@ from typing import Any
 import mindiesd
 from mindiesd.errors import ParametersInvalid
 
-SCHEMA = 1
-"""Version of the dictionary form; grows when a field changes its meaning or goes away."""
+SCHEMA = 2
+"""Version of the dictionary form; grows when a field comes, goes away or changes its meaning.
+
+2 added ``trace``, ``compare`` and the patches' ``sources``.
+"""
 
 DISTRIBUTIONS = ("torch", "torch_npu", "diffusers", "transformers", "wrapt")
 """The packages whose versions decide what a patch may assume."""
@@ -58,6 +61,8 @@ class PatchReport:
         failed_verification: calling lines that went back to the original, each with what was
             wrong and what the call was.
         without_reference: why a call was compared with the original alone -> such calls.
+        sources: where the source of an original lies in whose place a function of mindiesd stands,
+            as ``"file:first-last"`` line.
     """
 
     name: str
@@ -77,6 +82,7 @@ class PatchReport:
     largest_error: float = 0.0
     failed_verification: list[str] = field(default_factory=list)
     without_reference: dict[str, int] = field(default_factory=dict)
+    sources: list[str] = field(default_factory=list)
 
 
 @dataclass(kw_only=True)
@@ -90,6 +96,10 @@ class Report:
         notes: one-line remarks that belong to no single patch.
         processes: how many processes' counts are in here.
         torch_imported: whether any of those processes imported torch.
+        trace: what an emulated NPU was asked to do, as ``mindiesd.emulator.Trace.to_dict`` gives
+            it; ``None`` without one.
+        compare: the same command's run without patches (``mindiesd-run --compare``), else ``None``:
+            its ``trace`` and ``processes``, and ``exit_codes`` of both runs.
     """
 
     patches: list[PatchReport]
@@ -98,6 +108,8 @@ class Report:
     notes: list[str] = field(default_factory=list)
     processes: int = 1
     torch_imported: bool = True
+    trace: dict[str, Any] | None = None
+    compare: dict[str, Any] | None = None
 
     @property
     def redirected(self) -> int:
@@ -157,6 +169,8 @@ class Report:
             "processes": self.processes,
             "torch_imported": self.torch_imported,
             "patches": [asdict(patch) for patch in self.patches],
+            "trace": self.trace,
+            "compare": self.compare,
         }
 
     def to_json(self) -> str:
@@ -179,6 +193,8 @@ class Report:
             notes=list(data["notes"]),
             processes=data["processes"],
             torch_imported=data["torch_imported"],
+            trace=data["trace"],
+            compare=data["compare"],
         )
 
     @classmethod
@@ -209,6 +225,7 @@ class Report:
             notes=list(dict.fromkeys(note for report in every for note in report.notes)),
             processes=sum(report.processes for report in every),
             torch_imported=any(report.torch_imported for report in every),
+            trace=_added([report.trace for report in every if report.trace is not None]),
         )
 
     def __str__(self) -> str:
@@ -232,6 +249,18 @@ def _add(into: PatchReport, other: PatchReport) -> None:
         into.without_reference[reason] = into.without_reference.get(reason, 0) + count
     into.rebound = list(dict.fromkeys(into.rebound + other.rebound))
     into.unreached = list(dict.fromkeys(into.unreached + other.unreached))
+    into.sources = list(dict.fromkeys(into.sources + other.sources))
+
+
+def _added(traces: list[dict[str, Any]]) -> dict[str, Any] | None:
+    if not traces:
+        return None
+    from mindiesd.emulator.counts import Counts
+
+    total = Counts()
+    for trace in traces:
+        total.add(Counts.from_dict(trace))
+    return total.to_dict()
 
 
 def _spaced(number: int) -> str:

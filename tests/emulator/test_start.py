@@ -128,13 +128,29 @@ def test_cache_is_private_and_used_again(monkeypatch, tmp_path):
     assert [path.name for path in home.parent.iterdir()] == [home.name]
 
 
+def _refused(folder):
+    with pytest.raises(EmulatorUnavailable, match="XDG_CACHE_HOME") as caught:
+        runtime.build()
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
 def test_cache_that_others_can_write_is_not_used(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    (tmp_path / "mindiesd").mkdir()
-    (tmp_path / "mindiesd").chmod(0o777)
-    root = runtime._cache_root()
-    assert tmp_path not in root.parents
-    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+    folder = tmp_path / "mindiesd"
+    folder.mkdir()
+    folder.chmod(0o777)
+    _refused(folder)
+    assert list(folder.iterdir()) == []
+    folder.chmod(0o755)
+    assert runtime._cache_root() == folder / "emulator"
+
+
+def test_cache_of_somebody_else_is_not_used(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    runtime._cache_root()
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    _refused(tmp_path)
 
 
 def test_cache_behind_a_link_is_not_used(monkeypatch, tmp_path):
@@ -142,4 +158,41 @@ def test_cache_behind_a_link_is_not_used(monkeypatch, tmp_path):
     (tmp_path / "mindiesd").mkdir(mode=0o700)
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "mindiesd" / "emulator").symlink_to(tmp_path / "elsewhere")
-    assert runtime._cache_root() != tmp_path / "mindiesd" / "emulator"
+    _refused(tmp_path / "mindiesd" / "emulator")
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_cache_that_cannot_be_made(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    _refused(tmp_path / "file")
+
+
+def test_cache_is_open_to_its_owner_alone_even_if_it_was_not(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    root = runtime._cache_root()
+    root.chmod(0o755)
+    assert runtime._cache_root() == root
+    assert stat.S_IMODE(root.stat().st_mode) == 0o700
+
+
+def test_a_folder_is_filled_before_it_gets_its_name(monkeypatch, tmp_path):
+    """Two processes at once: neither ever sees half of it, and both end up with the same."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    compile_into = runtime._compile_into
+
+    def slower(folder, compiler):
+        assert folder.name.startswith("building-")
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        compile_into(folder, compiler)
+        monkeypatch.setattr(runtime, "_compile_into", compile_into)
+        runtime.build()  # another process, faster
+
+    monkeypatch.setattr(runtime, "_compile_into", slower)
+    home = runtime.build()
+    assert [path.name for path in home.parent.iterdir()] == [home.name]
+    assert {path.name for path in home.iterdir()} == {
+        runtime.REAL,
+        *runtime.EMPTY,
+        *runtime.FOLDERS,
+    }

@@ -45,7 +45,7 @@ def test_table_names_targets_counts_reasons_and_what_was_never_called(report: Re
 
 def test_dictionary_round_trip(report: Report) -> None:
     data = json.loads(report.to_json())
-    assert data["schema"] == 1
+    assert data["schema"] == 2
     assert data["summary"] == {"patches": 2, "redirected": 1204, "traced": 0, "fell_back": 1}
     assert data["patches"][0]["fell_back"] == {"3-D input": 1}
     assert data["versions"]["torch"].startswith("2.")

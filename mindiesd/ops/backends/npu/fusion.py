@@ -3,7 +3,8 @@
 Which of the three: a bias goes to v2, whose ``pse_type=0`` adds it after the scale, as PyTorch
 does. A call that is traced or captured goes to v3, the one whose documentation allows that. v1 and
 v3 would compute ``scale * (QKᵀ + bias)``: there the query is scaled beforehand, in float32, so that
-nothing is divided.
+nothing is divided. Older releases of torch_npu have no v2, for which v1 does, or no v3, for which
+nothing does.
 
 Limits (the narrower where the op-plugin and CANN pages differ): float16, bfloat16, float32; D of
 query and key at most 512 and that of value no larger; 1 to 256 heads, a multiple of the kv heads;
@@ -18,11 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindiesd.ops.backends.npu import forms, soc
+from mindiesd.ops.backends.npu import forms, inventory, soc
 from mindiesd.ops.backends.npu.call import SHARED, Call, within_float32
 from mindiesd.ops.masks import AttentionMask
 
 NAME = "npu_fusion_attention"
+BIASED, GRAPHS = "npu_fusion_attention_v2", "npu_fusion_attention_v3"
 LAYOUTS = ("BNSD", "BSND", "BSH")
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MOST_HEADS, MOST_DIM, MOST_LENGTH, MOST_BATCH = 256, 512, 1 << 20, 2 << 20
@@ -44,15 +46,17 @@ def refusal(call: Call) -> str | None:
         return "scale is no float32 number"
     if call.bias and call.bias_dtype not in DTYPES:
         return "dtype of the bias"
+    if operator(call) == GRAPHS and not inventory.has(GRAPHS):
+        return "the installed torch_npu has no version of the kernel for graphs"
     return None
 
 
 def operator(call: Call) -> str:
     """The version that the call goes to."""
     if call.frozen and call.series != soc.A950:
-        return "npu_fusion_attention_v3"
-    if call.bias and call.series != soc.A950:
-        return "npu_fusion_attention_v2"
+        return GRAPHS
+    if call.bias and call.series != soc.A950 and inventory.has(BIASED):
+        return BIASED
     return NAME
 
 
@@ -60,7 +64,7 @@ def widened(call: Call) -> bool:
     """Whether query, key and value are computed in float32 because half would lose of the bias."""
     if not call.bias or call.dtype is torch.float32:
         return False
-    return call.bias_dtype is not call.dtype or operator(call) != "npu_fusion_attention_v2"
+    return call.bias_dtype is not call.dtype or operator(call) != BIASED
 
 
 def _folds(call: Call) -> bool:
@@ -101,7 +105,7 @@ def _launch(
 ) -> Tensor:
     """:func:`launch` as it stands."""
     name = operator(call)
-    if name == "npu_fusion_attention_v3":
+    if name == GRAPHS:
         # Documented for BNSD where graphs are captured.
         layout = "BNSD"
     device, scale = query.device, call.scale
@@ -111,7 +115,7 @@ def _launch(
     dtype = query.dtype
     if call.bias:
         assert mask is not None
-        if name == "npu_fusion_attention_v2":
+        if name == BIASED:
             options["pse_type"] = 0
         else:
             query, scale = query * scale, 1.0
@@ -123,7 +127,7 @@ def _launch(
         options["atten_mask"] = forms.compressed(device, call.frozen)
         options["sparse_mode"] = mode.mode
         names = ("pre_tokens", "next_tokens")
-        if name != "npu_fusion_attention_v2":
+        if name != BIASED:
             names = ("pre_tockens", "next_tockens")
         options.update(zip(names, (mode.pre, mode.next), strict=True))
         precise = 2 if call.empties_rows() else 0
