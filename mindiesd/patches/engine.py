@@ -219,6 +219,10 @@ class Engine:
                 lambda value: wrapt.apply_patch(owner, attribute, value),
             )
         )
+        for table in patch.tables:
+            module, _, path = table.partition(":")
+            mapping: Any = wrapt.resolve_path(module, path)[2]
+            state.holders += sweep.rebind_values(mapping, swap, f"{module}.{path}")
         _log.info("%s: %s -> %s", patch.name, patch.target, patch.becomes)
         return swap
 

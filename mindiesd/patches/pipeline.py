@@ -66,6 +66,7 @@ def patch_pipeline(
     modules = _modules(pipe)
     migration = Migration(options, f"pipeline {type(pipe).__name__}")
     token = Token(frozenset(patch.name for patch in options.patches), migration.ledger)
+    token.modules = frozenset(map(id, modules))
     migration.install()
     scoped = _Scoped(token)
     try:

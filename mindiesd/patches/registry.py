@@ -15,7 +15,7 @@ from types import MappingProxyType
 from mindiesd.errors import ParametersInvalid
 
 # One module per family of targets; each holds a tuple called RECORDS.
-FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope")
+FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope", "attention_backend")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Patch:
         parameters: the parameter names the target must have, or the record is skipped. ``None``
             for a builtin, which has no signature to compare.
         keep_in: modules whose own reference to the target is left alone by the identity sweep.
+        tables: ``"module:attribute"`` of dictionaries whose values are called in the target's
+            place; those that are the target are replaced too.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Patch:
     requires: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     parameters: tuple[str, ...] | None = None
     keep_in: tuple[str, ...] = ()
+    tables: tuple[str, ...] = ()
 
     @property
     def target(self) -> str:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from mindiesd.patches.ledger import Ledger
 
@@ -31,6 +32,7 @@ class Token:
         names: the patches that are in force in the block.
         ledger: where the block's calls are counted.
         key: unique text; a constant to Dynamo, which an object is not.
+        modules: ``id`` of every module in scope; the block keeps them alive.
     """
 
     def __init__(self, names: frozenset[str], ledger: Ledger) -> None:
@@ -38,12 +40,24 @@ class Token:
         self.active = True
         self.names = names
         self.ledger = ledger
+        self.modules: frozenset[int] = frozenset()
         self.key = f"block {next(_numbers)}"
         _tokens[self.key] = self
 
 
 OPEN: set[Token] = set()
 """The tokens of the blocks that are open; looked at first, for reading a thread-local is slow."""
+
+
+@contextmanager
+def entered(token: Token) -> Iterator[None]:
+    """Be inside of a token's modules, as their forward is."""
+    outer = getattr(LOCAL, "token", None)
+    LOCAL.token = token
+    try:
+        yield
+    finally:
+        LOCAL.token = outer
 
 
 class Site:
@@ -83,6 +97,13 @@ class Site:
             return True
         token = getattr(LOCAL, "token", None)
         return token is not None and self.name in token.names
+
+    def token_of(self, module: object) -> Token | None:
+        """The open block that has ``module`` in scope, for what is called on it, not in it."""
+        for token in tuple(OPEN):
+            if id(module) in token.modules and self.name in token.names:
+                return token
+        return None
 
     def takes(self, reason: str | None) -> bool:
         """Count what becomes of a call, and say whether the replacement takes it.
