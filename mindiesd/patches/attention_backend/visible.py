@@ -28,7 +28,10 @@ def padding_mask(attn_mask: Tensor) -> Tensor:
 
 
 def visible(mask: Tensor | None, window: Window, queries: int, keys: Tensor) -> Tensor:
-    """The keys each query sees, as a bool tensor that broadcasts to [B, N, Sq, Skv].
+    """The keys each query sees, as a bool tensor [B, N, Sq, Skv], dimensions perhaps 1.
+
+    It always has four dimensions: diffusers takes one of two for a mask of keys by batch where the
+    numbers happen to fit.
 
     Key number p of the L keys that a sequence has, counted without the masked ones, is seen by
     query i when ``i + L - Sq - left <= p <= i + L - Sq + right``: the last query is level with the
@@ -42,7 +45,9 @@ def visible(mask: Tensor | None, window: Window, queries: int, keys: Tensor) -> 
     """
     if mask is None:
         length = keys.shape[1]
-        return Band.window(*window, queries, length).matrix(queries, length, keys.device)
+        return Band.window(*window, queries, length).matrix(queries, length, keys.device)[
+            None, None
+        ]
     present = mask.expand(-1, -1, -1, keys.shape[1]).amax((1, 2), keepdim=True)
     position = present.cumsum(-1) - 1
     rows = torch.arange(queries, device=keys.device)[:, None]
