@@ -286,3 +286,73 @@ def test_other_text_encoders_are_passed_through(name):
     with torch.no_grad():
         got = first_tensor(model(**move(inputs, lambda tensor: tensor.to("npu"))))
     torch.testing.assert_close(got.cpu(), expected, atol=5e-6, rtol=5e-6)
+
+
+def windowed(implementation, kind="mistral"):
+    torch.manual_seed(0)
+    sizes = {
+        "vocab_size": 32,
+        "hidden_size": 64,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "sliding_window": 3,
+        "attn_implementation": implementation,
+    }
+    if kind == "mistral":
+        return transformers.MistralModel(transformers.MistralConfig(**sizes)).eval()
+    config = transformers.Gemma2Config(**sizes, attn_logit_softcapping=2.0)
+    return transformers.Gemma2Model(config).eval()
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma2"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_windows_and_softcaps_of_flash_attention_2(kind, padded):
+    """transformers' functions for NPUs ignore windows, and refuse softcaps."""
+    inputs = {"input_ids": torch.arange(18).view(2, 9)}
+    real = torch.ones(2, 9, dtype=torch.long)
+    if padded:
+        real[0, :4] = 0
+        inputs["attention_mask"] = real
+    with torch.no_grad():
+        exact = windowed("eager", kind)(**inputs).last_hidden_state
+    inputs = move(inputs, lambda tensor: tensor.to("npu"))
+    model = windowed("flash_attention_2", kind).to("npu", torch.float16)
+
+    @torch.no_grad()
+    def error():
+        out = model(**inputs).last_hidden_state.cpu()
+        return (out - exact)[real.bool()].abs().max()
+
+    if kind == "mistral":
+        before = error()
+        assert before > 0.5, "transformers has mended it"
+    else:
+        with pytest.raises(ValueError, match="softcap"):
+            error()
+    migration = mindiesd.patch_all(only="transformers_flash")
+    assert error() < 0.02
+    assert migration.ledger["transformers_flash"].snapshot()[0] == 2
+    mindiesd.unpatch_all()
+    if kind == "mistral":
+        assert error() == before
+
+
+def test_windows_for_one_model_only():
+    inputs = {"input_ids": torch.arange(9)[None].npu()}
+    model, other = (windowed("flash_attention_2").to("npu", torch.float16) for _ in range(2))
+    with torch.no_grad():
+        wrong = other(**inputs).last_hidden_state
+        with mindiesd.patch_pipeline(model, only="transformers_flash"):
+            assert (model(**inputs).last_hidden_state - wrong).abs().max() > 0.5
+            assert torch.equal(other(**inputs).last_hidden_state, wrong)
+        assert torch.equal(model(**inputs).last_hidden_state, wrong)
+
+
+def test_training_with_a_window_raises():
+    mindiesd.patch_all(only="transformers_flash")
+    model = windowed("flash_attention_2").to("npu", torch.float16)
+    with pytest.raises(mindiesd.ParametersInvalid, match="gradients"):
+        model(input_ids=torch.arange(9)[None].npu())
