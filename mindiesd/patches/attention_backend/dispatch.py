@@ -80,7 +80,10 @@ RECORDS = (
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_requirements",
         why="set_attention_backend and attention_backend accept the name of an absent CUDA package",
-        when="the check would raise for a backend that diffusers_dispatch computes",
+        when=(
+            "the check would raise for a backend that diffusers_dispatch computes; inside "
+            "patch_pipeline, only for a name given to one of its models"
+        ),
         numerics="computes nothing",
         requires=_VERSIONS,
         parameters=("backend",),
@@ -154,10 +157,10 @@ def build_dispatch(original: Any, site: Site) -> Callable[..., Any]:
     grad_enabled, _, _ = law.context()
 
     def runs(contract: Contract, name: Any, query: Tensor) -> bool:
-        if contract.needs == NOWHERE:
-            return False
         if not query.is_cuda:
             return contract.on_cpu and query.is_cpu
+        if contract.needs == NOWHERE:
+            return False
         if contract.needs == CUDA:
             return True
         if contract.needs == HUB:
@@ -211,6 +214,14 @@ def build_dispatch(original: Any, site: Site) -> Callable[..., Any]:
         attention_kwargs: dict[str, Any] | None,
         parallel_config: Any,
     ) -> Tensor:
+        if contract.groups_heads and query.shape[2] != key.shape[2]:
+            enable_gqa = True
+        if attn_mask is None and not is_causal and not attention_kwargs and parallel_config is None:
+            # Nothing for the rules below; this is nearly every call.
+            plain: Tensor = original(
+                query, key, value, None, dropout_p, False, scale, enable_gqa, backend=native
+            )
+            return plain
         window, softcap = extras(name, attention_kwargs)
         if parallel_config is not None:
             degree = parallel_config.context_parallel_config.ring_degree
@@ -220,8 +231,6 @@ def build_dispatch(original: Any, site: Site) -> Callable[..., Any]:
                     degree,
                     f"1 where backend {_text(name)!r} cannot run: use ulysses_degree",
                 )
-        if contract.groups_heads and query.shape[2] != key.shape[2]:
-            enable_gqa = True
         queries, keys = query.shape[1], key.shape[1]
         if attn_mask is not None:
             if contract.masks == PADDING:
