@@ -218,6 +218,7 @@ class Engine:
             raise _Skip(f"{patch.target} is inherited, not defined there")
         if patch.parameters is None and isinstance(original, FunctionType):
             raise _Skip(f"{patch.target} was already replaced by {original.__module__}")
+        tables = [_table(path) for path in patch.tables]
         state.site.arm()
         build = _resolve(patch.build)
         try:
@@ -250,6 +251,8 @@ class Engine:
                 lambda value: wrapt.apply_patch(owner, attribute, value),
             )
         )
+        for where, table in tables:
+            state.holders += sweep.rebind_values(table, swap, where)
         _log.info("%s: %s -> %s", patch.name, patch.target, patch.becomes)
         return swap
 
@@ -376,6 +379,16 @@ def _resolve(path: str) -> Callable[..., Any]:
     module, _, name = path.partition(":")
     found: Callable[..., Any] = getattr(import_module(module), name)
     return found
+
+
+def _table(path: str) -> tuple[str, dict[str, Any]]:
+    """The dictionary at ``"module:attribute"``, with its dotted name."""
+    where = path.replace(":", ".")
+    try:
+        found: Any = wrapt.resolve_path(*path.split(":"))[2]
+    except (ImportError, AttributeError) as error:
+        raise _Skip(f"{where} does not exist here") from error
+    return where, found
 
 
 def _tell(patch: Patch, event: str, replacement: Callable[..., Any]) -> None:

@@ -67,6 +67,7 @@ def patch_pipeline(
     migration = Migration(options, f"pipeline {type(pipe).__name__}")
     names = frozenset(patch.name for patch in options.patches)
     token = Token(names, migration.ledger, migration.verification)
+    token.modules = frozenset(map(id, modules))
     migration.install()
     scoped = _Scoped(token)
     try:

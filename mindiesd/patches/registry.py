@@ -26,6 +26,7 @@ FAMILIES = (
     "activation",
     "rope",
     "inline_rope",
+    "attention_backend",
 )
 
 INSIDE = "inside"
@@ -56,6 +57,8 @@ class Patch:
         reference: ``"module:function"`` that gives ``verify=N`` its float64 result, see
             :func:`mindiesd.patches.verify.watch`; empty: the original, called with float64
             arguments; :data:`INSIDE`: the replacement verifies its parts itself.
+        tables: ``"module:attribute"`` of dictionaries whose values are called in the target's
+            place; those that are the target are replaced too.
     """
 
     name: str
@@ -72,6 +75,7 @@ class Patch:
     parameters: tuple[str, ...] | None = None
     keep_in: tuple[str, ...] = ()
     reference: str = ""
+    tables: tuple[str, ...] = ()
 
     @property
     def target(self) -> str:

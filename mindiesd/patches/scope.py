@@ -11,7 +11,8 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from mindiesd.patches import verify
@@ -34,6 +35,7 @@ class Token:
         ledger: where the block's calls are counted.
         verification: what ``verify=N`` of this block found; ``None`` where nothing is verified.
         key: unique text; a constant to Dynamo, which an object is not.
+        modules: ``id`` of every module in scope; the block keeps them alive.
     """
 
     def __init__(
@@ -47,12 +49,24 @@ class Token:
         self.names = names
         self.ledger = ledger
         self.verification = verification
+        self.modules: frozenset[int] = frozenset()
         self.key = f"block {next(_numbers)}"
         _tokens[self.key] = self
 
 
 OPEN: set[Token] = set()
 """The tokens of the blocks that are open; looked at first, for reading a thread-local is slow."""
+
+
+@contextmanager
+def entered(token: Token) -> Iterator[None]:
+    """Be inside of a token's modules, as their forward is."""
+    outer = getattr(LOCAL, "token", None)
+    LOCAL.token = token
+    try:
+        yield
+    finally:
+        LOCAL.token = outer
 
 
 class Site:
@@ -107,6 +121,13 @@ class Site:
             return True
         token = getattr(LOCAL, "token", None)
         return token is not None and self.name in token.names
+
+    def token_of(self, module: object) -> Token | None:
+        """The open block that has ``module`` in scope, for what is called on it, not in it."""
+        for token in tuple(OPEN):
+            if id(module) in token.modules and self.name in token.names:
+                return token
+        return None
 
     def takes(self, reason: str | None) -> bool:
         """Count what becomes of a call, and say whether the replacement takes it.

@@ -141,6 +141,21 @@ def rebind(
     return done
 
 
+def rebind_values(table: dict[str, Any], swap: Swap, where: str) -> list[Holder]:
+    """Replace the values of one dictionary that are the old object.
+
+    Args:
+        table: the dictionary, of whose meaning the caller is sure.
+        swap: what is replaced, and what by.
+        where: dotted name of the dictionary, for the report.
+    """
+    return [
+        _rebind_item(table, key, swap, f"{where}[{key!r}]")
+        for key, value in list(table.items())
+        if value is swap.old
+    ]
+
+
 def _namespaces() -> dict[int, str]:
     """``id`` of a module's dictionary -> the module's name."""
     return {
