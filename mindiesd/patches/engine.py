@@ -25,6 +25,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from mindiesd.patches import law, sweep
+from mindiesd.patches.front_doors.finder import FINDER
 from mindiesd.patches.hooks import ImportWatch, find_module, is_initializing
 from mindiesd.patches.registry import Patch, records
 from mindiesd.patches.scope import Site
@@ -44,6 +45,7 @@ class State:
         replaced: the original and the replacement of each installation; a reload adds one.
         holders: every place that was rebound, the target itself first.
         lost: places that somebody else has changed since, found while undoing.
+        provided: whether the record's packages are provided, because they are not installed.
     """
 
     patch: Patch
@@ -53,6 +55,7 @@ class State:
     replaced: list[sweep.Swap] = field(default_factory=list)
     holders: list[sweep.Holder] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
+    provided: bool = False
 
 
 class Engine:
@@ -89,7 +92,8 @@ class Engine:
                 if state.wanted == 1:
                     state.reason = ""
                     state.lost = []
-                    fresh.append(patch)
+                    if not self._provide(state):
+                        fresh.append(patch)
             with self._changing():
                 # Modules that are loaded already are handled together: one sweep serves all.
                 self._install([patch for patch in fresh if _loaded(patch)], swept=True)
@@ -113,12 +117,14 @@ class Engine:
                 return self._uninstall(unwanted)
 
     def status(self, patch: Patch) -> tuple[str, str]:
-        """``("applied" | "pending" | "skipped", reason)`` of a record."""
+        """``("applied" | "provided" | "pending" | "skipped", reason)`` of a record."""
         with self._lock:
             self._watch.retry_partial()
             state = self._states[patch.name]
             if state.replaced:
                 return "applied", ""
+            if state.provided:
+                return "provided", ""
             if state.reason:
                 return "skipped", state.reason
             missing = unavailable(patch)
@@ -137,6 +143,31 @@ class Engine:
             # PyTorch's own tables of functions are no call sites.
             return sweep.describe_holders(originals, _left_alone(("torch",))) if originals else {}
 
+    # Providing.
+
+    def _provide(self, state: State) -> bool:
+        """Open a record's door if there is nothing to redirect; say whether that was done."""
+        patch = state.patch
+        if not to_be_provided(patch) or unavailable(patch):
+            return False
+
+        def build() -> Any:
+            state.site.arm()
+            module, _, name = patch.contents.partition(":")
+            return getattr(import_module(module), name)(state.site)
+
+        for package in patch.provides:
+            FINDER.open(package, build)
+        state.provided = True
+        _log.info("%s: provided", patch.name)
+        return True
+
+    def _withdraw(self, state: State) -> None:
+        if state.provided:
+            for package in state.patch.provides:
+                FINDER.close(package)
+            state.provided = False
+
     # Installing.
 
     def _module_executed(self, name: str) -> None:
@@ -147,7 +178,9 @@ class Engine:
                 if state.patch.after == name and state.wanted and not self._is_current(state)
             ]
             with self._changing():
-                self._install(ready, swept=name == "torch")
+                # A package's own __init__ may have taken its functions by name.
+                swept = name == "torch" or any(patch.provides for patch in ready)
+                self._install(ready, swept=swept)
 
     def _is_current(self, state: State) -> bool:
         """Whether the target is our replacement right now; a reload puts a new original there."""
@@ -166,7 +199,7 @@ class Engine:
         for patch in patches:
             state = self._states[patch.name]
             try:
-                swap = self._install_one(state)
+                swaps = self._install_one(state)
             except _Skip as skip:
                 state.reason = str(skip)
                 _log.info("%s skipped: %s", patch.name, skip)
@@ -176,33 +209,51 @@ class Engine:
                 _log.warning("%s %s", patch.name, state.reason)
                 _log.debug("%s", patch.name, exc_info=True)
                 continue
-            fresh[id(swap.old)] = swap
-            by_original[id(swap.old)] = state
+            for swap in swaps:
+                fresh[id(swap.old)] = swap
+                by_original[id(swap.old)] = state
             keep.update(patch.keep_in)
         if swept and fresh:
             for holder in sweep.rebind(fresh, _left_alone(keep)):
                 by_original[holder.found].holders.append(holder)
 
-    def _install_one(self, state: State) -> sweep.Swap:
+    def _install_one(self, state: State) -> list[sweep.Swap]:
         patch = state.patch
         missing = unavailable(patch)
         if missing:
             raise _Skip(missing)
+        # All of a record's targets, or none: each is looked at before the first is replaced.
+        ready = [
+            self._ready(state, module, attribute)
+            for module, attribute in ((patch.module, patch.attribute), *patch.also)
+        ]
+        return [self._replace(state, *one) for one in ready]
+
+    def _ready(self, state: State, module: str, path: str) -> tuple[str, Any, str, Any, Any]:
+        """One target and its replacement."""
+        patch, target = state.patch, f"{module}.{path}"
         try:
-            owner, attribute, original = wrapt.resolve_path(patch.module, patch.attribute)
+            owner, attribute, original = wrapt.resolve_path(module, path)
         except (ImportError, AttributeError) as error:
-            raise _Skip(f"{patch.target} does not exist here") from error
+            raise _Skip(f"{target} does not exist here") from error
         if isinstance(owner, type) and attribute not in vars(owner):
-            raise _Skip(f"{patch.target} is inherited, not defined there")
-        if patch.parameters is None and isinstance(original, FunctionType):
-            raise _Skip(f"{patch.target} was already replaced by {original.__module__}")
+            raise _Skip(f"{target} is inherited, not defined there")
+        builtin = patch.parameters is None and not patch.provides
+        if builtin and isinstance(original, FunctionType):
+            raise _Skip(f"{target} was already replaced by {original.__module__}")
         state.site.arm()
         build = _resolve(patch.build)
         replacement = build(original, state.site)
         try:
-            law.dress(replacement, original, patch.module, patch.attribute)
+            law.dress(replacement, original, module, path)
         except law.SignatureChanged as changed:
             raise _Skip(str(changed)) from changed
+        return target, owner, attribute, original, replacement
+
+    def _replace(
+        self, state: State, target: str, owner: Any, attribute: str, original: Any, replacement: Any
+    ) -> sweep.Swap:
+        patch = state.patch
         after_install = getattr(import_module(patch.build.partition(":")[0]), "after_install", None)
         if after_install is not None:
             after_install(replacement)
@@ -211,7 +262,7 @@ class Engine:
         state.replaced.append(swap)
         state.holders.append(
             sweep.Holder(
-                patch.target,
+                target,
                 id(original),
                 original,
                 replacement,
@@ -219,7 +270,7 @@ class Engine:
                 lambda value: wrapt.apply_patch(owner, attribute, value),
             )
         )
-        _log.info("%s: %s -> %s", patch.name, patch.target, patch.becomes)
+        _log.info("%s: %s -> %s", patch.name, target, patch.becomes)
         return swap
 
     # Undoing.
@@ -228,6 +279,7 @@ class Engine:
         back: dict[int, sweep.Swap] = {}
         lost: list[str] = []
         for state in states:
+            self._withdraw(state)
             for holder in reversed(state.holders):
                 if not holder.undo():
                     state.lost.append(holder.where)
@@ -293,6 +345,8 @@ def _compiled_anything() -> bool:
 def unavailable(patch: Patch) -> str:
     """Why the packages this record needs are absent or of an unknown version; empty: they fit."""
     for distribution, versions in patch.requires.items():
+        if distribution != "torch" and to_be_provided(patch):
+            continue
         try:
             version = _version(distribution)
         except metadata.PackageNotFoundError:
@@ -302,6 +356,11 @@ def unavailable(patch: Patch) -> str:
         if not SpecifierSet(versions).contains(version, prereleases=True):
             return f"{distribution} {version} is not a tested version ({versions})"
     return ""
+
+
+def to_be_provided(patch: Patch) -> bool:
+    """Whether the record's packages are absent, so that they can be provided instead."""
+    return bool(patch.provides) and not any(map(find_module, patch.provides))
 
 
 @functools.cache

@@ -15,7 +15,17 @@ from types import MappingProxyType
 from mindiesd.errors import ParametersInvalid
 
 # One module per family of targets; each holds a tuple called RECORDS.
-FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope")
+FAMILIES = (
+    "sdpa",
+    "rms_norm",
+    "layer_norm",
+    "rope",
+    "flash_attn",
+    "xformers",
+    "sageattention",
+)
+# Families whose records are in a module that they share.
+_SHARED = dict.fromkeys(("flash_attn", "xformers", "sageattention"), "front_doors.records")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +49,13 @@ class Patch:
         parameters: the parameter names the target must have, or the record is skipped. ``None``
             for a builtin, which has no signature to compare.
         keep_in: modules whose own reference to the target is left alone by the identity sweep.
+        also: ``(module, attribute)`` of further targets that belong to this one and are redirected
+            by the same ``build``.
+        provides: top-level packages. Where none of them is installed there is nothing to redirect;
+            then they are provided to the user's own code, see :mod:`mindiesd.patches.front_doors`.
+        contents: ``"module:function"``; called with a ``Site``, returns the attributes of each
+            module of the provided packages.
+        by_name_only: whether the record is left out unless ``only=`` names it.
     """
 
     name: str
@@ -54,6 +71,10 @@ class Patch:
     requires: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     parameters: tuple[str, ...] | None = None
     keep_in: tuple[str, ...] = ()
+    also: tuple[tuple[str, str], ...] = ()
+    provides: tuple[str, ...] = ()
+    contents: str = ""
+    by_name_only: bool = False
 
     @property
     def target(self) -> str:
@@ -66,7 +87,8 @@ def records() -> tuple[Patch, ...]:
     """All records, in the order in which they are installed and listed."""
     found: list[Patch] = []
     for family in FAMILIES:
-        found.extend(import_module(f"mindiesd.patches.{family}").RECORDS)
+        home = import_module(f"mindiesd.patches.{_SHARED.get(family, family)}")
+        found.extend(record for record in home.RECORDS if record.family == family)
     return tuple(found)
 
 
@@ -93,7 +115,11 @@ def select(
     return tuple(
         record
         for record in records()
-        if (wanted is None or wanted & {record.name, record.family})
+        if (
+            not record.by_name_only
+            if wanted is None
+            else wanted & {record.name, "" if record.by_name_only else record.family}
+        )
         and not unwanted & {record.name, record.family}
     )
 

@@ -97,29 +97,36 @@ def dense(
     rules: Rules,
     mask: Tensor | None = None,
     band: Band | None = None,
+    head_first: bool = False,
 ) -> Result:
     """Attention over sequences of one length.
 
     Args:
         site: where the call is counted.
-        q: [B, Sq, N, D].
-        k: [B, Sk, Nkv, D].
-        v: [B, Sk, Nkv, Dv].
+        q: [B, Sq, N, D], or [B, N, Sq, D] with ``head_first``; so is the result.
+        k: [B, Sk, Nkv, D] likewise.
+        v: [B, Sk, Nkv, Dv] likewise.
         rules: what is done to the scores.
         mask: bool (True attends) or floating (added), broadcastable to [B, N, Sq, Sk].
         band: further limits on the diagonals.
+        head_first: whether heads come before the sequence.
     """
-    queries, keys = q.shape[1], k.shape[1]
+    sequence, head = (2, 1) if head_first else (1, 2)
+    queries, keys = q.shape[sequence], k.shape[sequence]
     if rules.left >= 0 or rules.right >= 0:
         window = Band.window(rules.left, rules.right, queries, keys)
         band = window if band is None else band.intersect(window)
     if site.takes(unfused(rules, q, k, v, mask)):
         if rules.slopes is not None:  # no API has both
-            slopes = rules.slopes.detach().expand(q.shape[0], q.shape[2])
+            slopes = rules.slopes.detach().expand(q.shape[0], q.shape[head])
             mask = alibi(slopes, queries, keys, q.dtype)
-        out = attend(q, k, v, mask, rules.scale, band=band, head_first=False)
+        out = attend(q, k, v, mask, rules.scale, band=band, head_first=head_first)
         return Result(out.contiguous())
-    return composed(q, k, v, rules, mask, band)
+    if not head_first:
+        return composed(q, k, v, rules, mask, band)
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    found = composed(q, k, v, rules, mask, band)
+    return found._replace(out=found.out.transpose(1, 2).contiguous())
 
 
 def packed(
@@ -197,8 +204,10 @@ def packed(
     weights = None
     if rules.dropout_p > 0.0:
         # As upstream: one square for each sequence, with nothing outside of it.
-        shape = [max(part.weights.shape[dim] for part in parts if part.weights is not None)
-                 for dim in (2, 3)]
+        shape = [
+            max(part.weights.shape[dim] for part in parts if part.weights is not None)
+            for dim in (2, 3)
+        ]
         weights = q.new_zeros(len(parts), q.shape[1], *shape)
         for at, part in enumerate(parts):
             if part.weights is not None:

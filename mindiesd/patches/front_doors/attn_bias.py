@@ -1,7 +1,7 @@
 """``xformers.ops.fmha.attn_bias``: masks that are described instead of stored.
 
-Each class says which keys a query sees; ``materialize`` writes it out as an additive tensor. Source:
-xformers 0.0.35.
+Each class says which keys a query sees; ``materialize`` writes it out as an additive tensor.
+Source: xformers 0.0.35.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class AttentionBias:
         self, shape: Shape, dtype: torch.dtype = torch.float32, device: Any = "cpu"
     ) -> Tensor:
         """The bias as a tensor of ``shape`` [..., Sq, Sk]: 0 where it attends, -inf elsewhere."""
-        keep = self.band(*shape[-2:]).matrix(*shape[-2:], torch.device(device))
+        queries, keys = shape[-2:]
+        keep = self.band(queries, keys).matrix(queries, keys, torch.device(device))
         return _additive(keep, dtype).expand(shape)
 
 

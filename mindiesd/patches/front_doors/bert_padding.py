@@ -67,9 +67,7 @@ def unpad_input_for_concatenated_sequences(
         and T, int32; the longest sequence.
     """
     total = attention_mask_in_length.sum(dim=-1)
-    steps = torch.arange(
-        attention_mask_in_length.shape[-1], device=total.device, dtype=total.dtype
-    )
+    steps = torch.arange(attention_mask_in_length.shape[-1], device=total.device, dtype=total.dtype)
     indices = torch.nonzero((steps < total[:, None]).flatten(), as_tuple=False).flatten()
     flat = attention_mask_in_length.flatten()
     lengths = flat[torch.nonzero(flat, as_tuple=False).flatten()]
@@ -80,6 +78,5 @@ def unpad_input_for_concatenated_sequences(
 
 def pad_input(hidden_states: Any, indices: Any, batch: int, seqlen: int) -> Tensor:
     """The opposite of :func:`unpad_input`: [batch, seqlen, ...] with zeros as padding."""
-    return index_put_first_axis(hidden_states, indices, batch * seqlen).unflatten(
-        0, (batch, seqlen)
-    )
+    padded = index_put_first_axis(hidden_states, indices, batch * seqlen)
+    return padded.view(batch, seqlen, *padded.shape[1:])

@@ -28,9 +28,22 @@ Contents = Mapping[str, Mapping[str, Any]]
 
 # Libraries that probe for these packages, also when they are installed from a clone.
 LIBRARIES = frozenset(
-    "accelerate deepspeed diffusers flash_attn huggingface_hub kernels mindiesd optimum peft "
-    "sageattention sentence_transformers torch torch_npu torchvision transformers trl vllm "
-    "vllm_ascend xformers".split()
+    {
+        "accelerate",
+        "deepspeed",
+        "diffusers",
+        "flash_attn",
+        "huggingface_hub",
+        "mindiesd",
+        "peft",
+        "sageattention",
+        "torch",
+        "torch_npu",
+        "transformers",
+        "vllm",
+        "vllm_ascend",
+        "xformers",
+    }
 )
 # Finders that ask the next finder on somebody's behalf, and the tracer that runs the import
 # statements of the code it traces.

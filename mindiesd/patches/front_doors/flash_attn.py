@@ -267,8 +267,10 @@ def _dense(q: Any, k: Any, v: Any, rules: Rules, names: tuple[str, str, str]) ->
     return attention.dense(_site, q, k, v, rules)
 
 
-def check_dense(q: Any, k: Any, v: Any, names: tuple[str, str, str]) -> None:
-    """The three tensors [B, S, N, D] of one call fit together.
+def check_dense(
+    q: Any, k: Any, v: Any, names: tuple[str, str, str], head_first: bool = False
+) -> None:
+    """The three tensors [B, S, N, D] (or [B, N, S, D]) of one call fit together.
 
     Raises:
         ParametersInvalid: they do not.
@@ -281,16 +283,15 @@ def check_dense(q: Any, k: Any, v: Any, names: tuple[str, str, str]) -> None:
             raise ParametersInvalid(
                 name, checks.describe(other), f"the batch size of {names[0]}, {q.shape[0]}"
             )
-    check_dimensions(q, k, v, names, sequence=1, head=2)
+    sequence, head = (2, 1) if head_first else (1, 2)
+    check_dimensions(q, k, v, names, sequence, head)
 
 
 def _unpacked(name: str, packed: Any, rank: int, parts: int) -> tuple[Tensor, ...]:
     """The tensors in a packed one, as views."""
     checks.tensor(name, packed, rank)
     if packed.shape[rank - 3] != parts:
-        raise ParametersInvalid(
-            name, checks.describe(packed), f"{parts} in dimension {rank - 3}"
-        )
+        raise ParametersInvalid(name, checks.describe(packed), f"{parts} in dimension {rank - 3}")
     return tuple(packed.unbind(rank - 3))
 
 

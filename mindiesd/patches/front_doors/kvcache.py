@@ -110,16 +110,14 @@ def attend(
         None,
         rules,
     )
-    out = result.out.unflatten(0, (batch, queries))
+    out = result.out.view(batch, queries, *result.out.shape[1:])
     lse = None
     if result.lse is not None:
-        lse = result.lse.unflatten(1, (batch, queries)).transpose(0, 1).contiguous()
+        lse = result.lse.view(-1, batch, queries).transpose(0, 1).contiguous()
     return Result(out, lse)
 
 
-def from_pages(
-    k: Any, v: Any, block_table: Any, cu_seqlens_k: Any
-) -> tuple[Tensor, Tensor]:
+def from_pages(k: Any, v: Any, block_table: Any, cu_seqlens_k: Any) -> tuple[Tensor, Tensor]:
     """The packed keys and values of sequences that lie in pages.
 
     Args:

@@ -8,6 +8,7 @@ al., *RoFormer* (arXiv 2104.09864); XPos: arXiv 2212.10554.
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,7 +28,9 @@ def rotate_half(x: Tensor, interleaved: bool = False) -> Tensor:
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
-def apply_rotary_emb_torch(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False) -> Tensor:
+def apply_rotary_emb_torch(
+    x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False
+) -> Tensor:
     """The formula as it stands, in the dtype of its arguments.
 
     Args:
@@ -148,9 +151,7 @@ def apply_rotary_emb_qkv_(
         q, k = qkv[:, :, :heads], qkv[:, :, heads : heads + rest // 2]
     options = {"interleaved": interleaved, "inplace": True, "seqlen_offsets": seqlen_offsets}
     apply_rotary_emb(q, cos, sin, **options)
-    apply_rotary_emb(
-        k, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, **options
-    )
+    apply_rotary_emb(k, cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, **options)
     return qkv  # type: ignore[no-any-return]
 
 
@@ -312,7 +313,7 @@ def _rows(x: Tensor, positions: int, offsets: Any, cu_seqlens: Any) -> Any:
         if not isinstance(cu_seqlens, Tensor) or cu_seqlens.dim() != 1:
             raise ParametersInvalid("cu_seqlens", checks.describe(cu_seqlens), "integers [B + 1]")
         starts: list[int] = cu_seqlens.tolist()
-        lengths = [end - begin for begin, end in zip(starts, starts[1:], strict=False)]
+        lengths = [end - begin for begin, end in pairwise(starts)]
         if starts[0] != 0 or starts[-1] != x.shape[0] or min(lengths, default=0) < 0:
             raise ParametersInvalid(
                 "cu_seqlens", f"{starts}", f"numbers that rise from 0 to {x.shape[0]}"

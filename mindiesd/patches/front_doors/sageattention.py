@@ -68,19 +68,14 @@ def sageattn(
     """
     wants_lse = _extras(kwargs)
     checks.choice("tensor_layout", tensor_layout, ("HND", "NHD"))
-    rules = rules_of(
-        sm_scale, _causal(is_causal), (-1, -1), lse=wants_lse, lse_name="return_lse"
-    )
-    if tensor_layout == "HND":
-        for name, tensor in (("q", q), ("k", k), ("v", v)):
-            checks.tensor(name, tensor, 4)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    check_dense(q, k, v, ("q", "k", "v"))
-    if is_causal and q.shape[1] != k.shape[1]:
-        raise _not_square(q.shape[1], k.shape[1])
-    result = attention.dense(_site, q, k, v, rules)
-    out = result.out.transpose(1, 2) if tensor_layout == "HND" else result.out
-    return (out, result.lse) if wants_lse else out
+    rules = rules_of(sm_scale, _causal(is_causal), (-1, -1), lse=wants_lse, lse_name="return_lse")
+    head_first = tensor_layout == "HND"
+    check_dense(q, k, v, ("q", "k", "v"), head_first)
+    sequence = 2 if head_first else 1
+    if is_causal and q.shape[sequence] != k.shape[sequence]:
+        raise _not_square(q.shape[sequence], k.shape[sequence])
+    result = attention.dense(_site, q, k, v, rules, head_first=head_first)
+    return (result.out, result.lse) if wants_lse else result.out
 
 
 def sageattn_varlen(
