@@ -40,8 +40,15 @@ def patches_page() -> str:
                 f"- **Versions:** {versions}.",
                 "- **Undo:** the original object is put back at the target and at every module "
                 "name, class attribute and default value that held it.",
-                "",
             ]
+            if record.provides:
+                packages = ", ".join(f"`{name}`" for name in record.provides)
+                lines.append(
+                    f"- **Provided:** where {packages} is not installed, to the code that is run, "
+                    "never to installed libraries. Undone, it can no longer be imported; names "
+                    "that were imported go on working."
+                )
+            lines.append("")
     return "\n".join(lines)
 
 

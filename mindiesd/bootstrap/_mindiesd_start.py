@@ -30,7 +30,17 @@ if TYPE_CHECKING:
     from mindiesd.bootstrap.attach import Attached
 
 # The packages that patch records name in `after`; a test compares the two.
-WATCHED = frozenset({"torch", "diffusers", "transformers"})
+WATCHED = frozenset(
+    {
+        "torch",
+        "diffusers",
+        "transformers",
+        "flash_attn",
+        "flash_attn_interface",
+        "xformers",
+        "sageattention",
+    }
+)
 
 
 def begin() -> None:

@@ -100,8 +100,8 @@ def attention_forward_varlen(
         checks.tensor("alibi_slopes", alibi_slopes, (1, 2))
         checks.same_device("alibi_slopes", alibi_slopes, "q", q)
 
-    starts_q = _starts("cu_seqlens_q", cu_seqlens_q)
-    starts_k = _starts("cu_seqlens_k", cu_seqlens_k)
+    starts_q = starts_of("cu_seqlens_q", cu_seqlens_q)
+    starts_k = starts_of("cu_seqlens_k", cu_seqlens_k)
     bounds = (max_seqlen_q, max_seqlen_k)
     if isinstance(starts_q, list) and isinstance(starts_k, list):
         return _packed(q, k, v, starts_q, starts_k, *bounds, scale, left, right, cap, alibi_slopes)
@@ -117,7 +117,7 @@ def attention_forward_varlen(
     return out
 
 
-def _starts(name: str, given: object) -> list[int] | Tensor:
+def starts_of(name: str, given: object) -> list[int] | Tensor:
     """The cumulative lengths as ints, or still as a tensor where its values cannot be read."""
     allowed = "an int32 or int64 tensor [B + 1], a list of ints, or a list of 0-d integer tensors"
     if isinstance(given, tuple | list):
@@ -137,10 +137,10 @@ def _starts(name: str, given: object) -> list[int] | Tensor:
     # A plain tensor outside of any trace has values; fake, functional and meta tensors have none.
     if torch.compiler.is_compiling() or type(given) is not Tensor or given.is_meta:
         return given
-    return _numbers(given)
+    return numbers(given)
 
 
-def _numbers(starts: Tensor) -> list[int]:
+def numbers(starts: Tensor) -> list[int]:
     """The values of a tensor; a backend may remember those it had to fetch from its device."""
     if not starts.is_cpu:
         fetch = getattr(backend_of(starts), "host_list", None)
@@ -151,7 +151,7 @@ def _numbers(starts: Tensor) -> list[int]:
     return values
 
 
-def _lengths(name: str, starts: list[int], total: int, bound: int | None) -> list[int]:
+def lengths_of(name: str, starts: list[int], total: int, bound: int | None) -> list[int]:
     """The sequence lengths that valid cumulative lengths describe."""
     if starts[0] != 0:
         raise ParametersInvalid(name, f"a first entry of {starts[0]}", "0 as the first entry")
@@ -183,8 +183,8 @@ def _packed(
     alibi_slopes: Tensor | None,
 ) -> Tensor:
     """Attention with the lengths at hand: one call if they are equal, else one a sequence."""
-    lengths_q = _lengths("cu_seqlens_q", starts_q, q.shape[0], max_seqlen_q)
-    lengths_k = _lengths("cu_seqlens_k", starts_k, k.shape[0], max_seqlen_k)
+    lengths_q = lengths_of("cu_seqlens_q", starts_q, q.shape[0], max_seqlen_q)
+    lengths_k = lengths_of("cu_seqlens_k", starts_k, k.shape[0], max_seqlen_k)
     batch, heads = len(lengths_q), q.shape[1]
     if len(lengths_k) != batch:
         raise ParametersInvalid(
@@ -243,14 +243,14 @@ def _batched(
     """Attention over sequences of one length: q [B, Sq, N, D], k and v [B, Sk, Nkv, …]."""
     queries, keys = q.shape[1], k.shape[1]
     band = None if left < 0 and right < 0 else Band.window(left, right, queries, keys)
-    bias = None if slopes is None else _alibi(slopes, queries, keys, q.dtype)
+    bias = None if slopes is None else alibi(slopes, queries, keys, q.dtype)
     if softcap == 0.0:
         return attend(q, k, v, bias, scale, band=band, head_first=False)
     mask = attention_mask(bias, band=band)
     return backend_of(q).attention_composed(q, k, v, mask, scale, False, softcap)
 
 
-def _alibi(slopes: Tensor, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
+def alibi(slopes: Tensor, queries: int, keys: int, dtype: torch.dtype) -> Tensor:
     """The bias [B, N, Sq, Sk] of slopes [B, N], in float32 or better."""
     wide = torch.float64 if dtype is torch.float64 else torch.float32
     rows = torch.arange(queries, device=slopes.device, dtype=wide)[:, None]
@@ -282,7 +282,7 @@ def _opaque(
     alibi_slopes: Tensor | None,
 ) -> Tensor:
     """The same as one operator, for graphs in which the lengths are a tensor."""
-    lengths = (_numbers(starts_q), _numbers(starts_k), max_seqlen_q, max_seqlen_k)
+    lengths = (numbers(starts_q), numbers(starts_k), max_seqlen_q, max_seqlen_k)
     return _packed(q, k, v, *lengths, scale, left, right, softcap, alibi_slopes)
 
 

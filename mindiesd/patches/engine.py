@@ -25,6 +25,7 @@ from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
 from mindiesd.patches import law, sweep, verify
+from mindiesd.patches.front_doors.finder import FINDER
 from mindiesd.patches.hooks import ImportWatch, find_module, is_initializing
 from mindiesd.patches.registry import INSIDE, Patch, records
 from mindiesd.patches.scope import Site
@@ -46,6 +47,7 @@ class State:
         lost: places that somebody else has changed since, found while undoing.
         references: of methods that nobody but their class held, the references there were to the
             original and to its replacement, by the id of the latter.
+        provided: whether the record's packages are provided, because they are not installed.
     """
 
     patch: Patch
@@ -56,6 +58,7 @@ class State:
     holders: list[sweep.Holder] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
     references: dict[int, tuple[int, int]] = field(default_factory=dict)
+    provided: bool = False
 
 
 class Engine:
@@ -104,7 +107,8 @@ class Engine:
                 if state.wanted == 1 or again:
                     state.reason = ""
                     state.lost = []
-                    fresh.append(patch)
+                    if not state.provided and not self._provide(state):
+                        fresh.append(patch)
             with self._changing():
                 # Modules that are loaded already are handled together: one sweep serves all.
                 self._install([patch for patch in fresh if _loaded(patch)], swept=True)
@@ -128,12 +132,14 @@ class Engine:
                 return self._uninstall(unwanted)
 
     def status(self, patch: Patch) -> tuple[str, str]:
-        """``("applied" | "pending" | "skipped", reason)`` of a record."""
+        """``("applied" | "provided" | "pending" | "skipped", reason)`` of a record."""
         with self._lock:
             self._watch.retry_partial()
             state = self._states[patch.name]
             if state.replaced:
                 return "applied", ""
+            if state.provided:
+                return "provided", ""
             if state.reason:
                 return "skipped", state.reason
             missing = unavailable(patch)
@@ -153,6 +159,31 @@ class Engine:
             # PyTorch's own tables of functions are no call sites.
             return sweep.describe_holders(originals, _left_alone(("torch",))) if originals else {}
 
+    # Providing.
+
+    def _provide(self, state: State) -> bool:
+        """Open a record's door if there is nothing to redirect; say whether that was done."""
+        patch = state.patch
+        if not to_be_provided(patch) or unavailable(patch):
+            return False
+
+        def build() -> Any:
+            state.site.arm()
+            module, _, name = patch.contents.partition(":")
+            return getattr(import_module(module), name)(state.site)
+
+        for package in patch.provides:
+            FINDER.open(package, build)
+        state.provided = True
+        _log.info("%s: provided", patch.name)
+        return True
+
+    def _withdraw(self, state: State) -> None:
+        if state.provided:
+            for package in state.patch.provides:
+                FINDER.close(package)
+            state.provided = False
+
     # Installing.
 
     def _module_executed(self, name: str) -> None:
@@ -165,7 +196,9 @@ class Engine:
             if not ready:
                 return
             with self._changing():
-                self._install(ready, swept=name == "torch")
+                # A package's own __init__ may have taken its functions by name.
+                swept = name == "torch" or any(patch.provides for patch in ready)
+                self._install(ready, swept=swept)
 
     def _is_current(self, state: State) -> bool:
         """Whether the target is our replacement right now; a reload puts a new original there."""
@@ -185,7 +218,7 @@ class Engine:
             state = self._states[patch.name]
             alone = sweep.alone(patch.module, patch.attribute)
             try:
-                swap = self._install_one(state)
+                swaps = self._install_one(state)
             except _Skip as skip:
                 state.reason = str(skip)
                 _log.info("%s skipped: %s", patch.name, skip)
@@ -195,30 +228,42 @@ class Engine:
                 _log.warning("%s %s", patch.name, state.reason)
                 _log.debug("%s", patch.name, exc_info=True)
                 continue
-            if alone:
-                state.references[id(swap.new)] = sweep.references(swap)
+            if alone and not patch.also:
+                state.references[id(swaps[0].new)] = sweep.references(swaps[0])
                 continue
-            fresh[id(swap.old)] = swap
-            by_original[id(swap.old)] = state
+            for swap in swaps:
+                fresh[id(swap.old)] = swap
+                by_original[id(swap.old)] = state
             keep.update(patch.keep_in)
         if swept and fresh:
             for holder in sweep.rebind(fresh, _left_alone(keep)):
                 by_original[holder.found].holders.append(holder)
 
-    def _install_one(self, state: State) -> sweep.Swap:
+    def _install_one(self, state: State) -> list[sweep.Swap]:
         patch = state.patch
         missing = unavailable(patch)
         if missing:
             raise _Skip(missing)
+        # All of a record's targets, or none: each is looked at before the first is replaced.
+        ready = [
+            self._ready(state, module, attribute)
+            for module, attribute in ((patch.module, patch.attribute), *patch.also)
+        ]
+        return [self._replace(state, *one) for one in ready]
+
+    def _ready(self, state: State, module: str, path: str) -> tuple[Any, ...]:
+        """One target and its replacement."""
+        patch, target = state.patch, f"{module}.{path}"
         try:
-            owner, attribute, original = wrapt.resolve_path(patch.module, patch.attribute)
+            owner, attribute, original = wrapt.resolve_path(module, path)
         except (ImportError, AttributeError) as error:
-            raise _Skip(f"{patch.target} does not exist here") from error
+            raise _Skip(f"{target} does not exist here") from error
         if isinstance(owner, type) and attribute not in vars(owner):
-            raise _Skip(f"{patch.target} is inherited, not defined there")
-        if patch.parameters is None and isinstance(original, FunctionType):
-            raise _Skip(f"{patch.target} was already replaced by {original.__module__}")
-        tables = [_table(path) for path in patch.tables]
+            raise _Skip(f"{target} is inherited, not defined there")
+        builtin = patch.parameters is None and not patch.provides
+        if builtin and isinstance(original, FunctionType):
+            raise _Skip(f"{target} was already replaced by {original.__module__}")
+        tables = [_table(where) for where in patch.tables]
         state.site.arm()
         build = _resolve(patch.build)
         try:
@@ -232,9 +277,22 @@ class Engine:
                     _resolve(patch.reference) if patch.reference else None,
                 )
             state.site.installed = replacement
-            law.dress(replacement, original, patch.module, patch.attribute)
+            law.dress(replacement, original, module, path)
         except law.SignatureChanged as changed:
             raise _Skip(str(changed)) from changed
+        return target, owner, attribute, original, replacement, tables
+
+    def _replace(
+        self,
+        state: State,
+        target: str,
+        owner: Any,
+        attribute: str,
+        original: Any,
+        replacement: Any,
+        tables: list[Any],
+    ) -> sweep.Swap:
+        patch = state.patch
         after_install = getattr(import_module(patch.build.partition(":")[0]), "after_install", None)
         if after_install is not None:
             after_install(replacement)
@@ -243,7 +301,7 @@ class Engine:
         state.replaced.append(swap)
         state.holders.append(
             sweep.Holder(
-                patch.target,
+                target,
                 id(original),
                 original,
                 replacement,
@@ -253,7 +311,7 @@ class Engine:
         )
         for where, table in tables:
             state.holders += sweep.rebind_values(table, swap, where)
-        _log.info("%s: %s -> %s", patch.name, patch.target, patch.becomes)
+        _log.info("%s: %s -> %s", patch.name, target, patch.becomes)
         return swap
 
     # Undoing.
@@ -262,6 +320,7 @@ class Engine:
         back: dict[int, sweep.Swap] = {}
         lost: list[str] = []
         for state in states:
+            self._withdraw(state)
             shared = [swap for swap in state.replaced if _may_be_held(state, swap)[1]]
             for holder in reversed(state.holders):
                 if not holder.undo():
@@ -339,6 +398,8 @@ def _compiled_anything() -> bool:
 def unavailable(patch: Patch) -> str:
     """Why the packages this record needs are absent or of an unknown version; empty: they fit."""
     for distribution, versions in patch.requires.items():
+        if distribution != "torch" and to_be_provided(patch):
+            continue
         try:
             version = _version(distribution)
         except metadata.PackageNotFoundError:
@@ -348,6 +409,11 @@ def unavailable(patch: Patch) -> str:
         if not _contains(versions, version):
             return f"{distribution} {version} is not a tested version ({versions})"
     return ""
+
+
+def to_be_provided(patch: Patch) -> bool:
+    """Whether the record's packages are absent, so that they can be provided instead."""
+    return bool(patch.provides) and not any(map(find_module, patch.provides))
 
 
 @functools.cache

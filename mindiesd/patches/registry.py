@@ -27,7 +27,12 @@ FAMILIES = (
     "rope",
     "inline_rope",
     "attention_backend",
+    "flash_attn",
+    "xformers",
+    "sageattention",
 )
+# Families whose records are in a module that they share.
+_SHARED = dict.fromkeys(("flash_attn", "xformers", "sageattention"), "front_doors.records")
 
 INSIDE = "inside"
 """``Patch.reference`` of a replacement that has its parts verified, not the whole call."""
@@ -59,6 +64,13 @@ class Patch:
             arguments; :data:`INSIDE`: the replacement verifies its parts itself.
         tables: ``"module:attribute"`` of dictionaries whose values are called in the target's
             place; those that are the target are replaced too.
+        also: ``(module, attribute)`` of further targets that belong to this one and are redirected
+            by the same ``build``.
+        provides: top-level packages. Where none of them is installed there is nothing to redirect;
+            then they are provided to the user's own code, see :mod:`mindiesd.patches.front_doors`.
+        contents: ``"module:function"``; called with a ``Site``, returns the attributes of each
+            module of the provided packages.
+        by_name_only: whether the record is left out unless ``only=`` names it.
     """
 
     name: str
@@ -76,6 +88,10 @@ class Patch:
     keep_in: tuple[str, ...] = ()
     reference: str = ""
     tables: tuple[str, ...] = ()
+    also: tuple[tuple[str, str], ...] = ()
+    provides: tuple[str, ...] = ()
+    contents: str = ""
+    by_name_only: bool = False
 
     @property
     def target(self) -> str:
@@ -109,7 +125,8 @@ def records() -> tuple[Patch, ...]:
     """All records, in the order in which they are installed and listed."""
     found: list[Patch] = []
     for family in FAMILIES:
-        found.extend(import_module(f"mindiesd.patches.{family}").RECORDS)
+        home = import_module(f"mindiesd.patches.{_SHARED.get(family, family)}")
+        found.extend(record for record in home.RECORDS if record.family == family)
     return tuple(found)
 
 
@@ -136,7 +153,11 @@ def select(
     return tuple(
         record
         for record in records()
-        if (wanted is None or wanted & {record.name, record.family})
+        if (
+            not record.by_name_only
+            if wanted is None
+            else wanted & {record.name, "" if record.by_name_only else record.family}
+        )
         and not unwanted & {record.name, record.family}
     )
 

@@ -20,7 +20,7 @@ SCHEMA = 2
 DISTRIBUTIONS = ("torch", "torch_npu", "diffusers", "transformers", "wrapt")
 """The packages whose versions decide what a patch may assume."""
 
-_STATUS_ORDER = ("applied", "pending", "skipped")
+_STATUS_ORDER = ("applied", "provided", "pending", "skipped")
 
 
 def versions() -> dict[str, str | None]:
@@ -47,7 +47,9 @@ class PatchReport:
         becomes: dotted name of where it is redirected to.
         why: what is gained.
         numerics: how the result relates to the original's.
-        status: ``"applied"``, ``"pending"`` (its module has not been imported) or ``"skipped"``.
+        status: ``"applied"``, ``"provided"`` (the package is not installed; the user's own code
+            gets it from mindiesd), ``"pending"`` (its module has not been imported) or
+            ``"skipped"``.
         reason: why it is pending or skipped; empty when applied.
         redirected: eager calls that took the new path.
         traced: calls traced into compiled graphs on the new path; how often a compiled graph runs
@@ -144,7 +146,7 @@ class Report:
             parts.append(f"{failed} lines FAILED verification")
         if self.traced:
             parts.append(f"{_spaced(self.traced)} compiled in")
-        for status in ("skipped", "pending"):
+        for status in ("provided", "skipped", "pending"):
             count = sum(patch.status == status for patch in self.patches)
             if count:
                 parts.append(f"{count} {status}")
@@ -287,7 +289,9 @@ def _remarks(patch: PatchReport) -> list[str]:
     if patch.traced:
         remarks.append(f"{_spaced(patch.traced)} calls compiled into graphs")
     remarks += [
-        f"fell back {_spaced(count)} ×: {reason}"
+        f"{_spaced(count)} × {reason}"
+        if patch.status == "provided"  # there is no original to fall back to
+        else f"fell back {_spaced(count)} ×: {reason}"
         for reason, count in sorted(patch.fell_back.items(), key=lambda item: -item[1])
     ]
     if patch.verified:
@@ -328,7 +332,7 @@ def render(report: Report, width: int | None = None, color: bool = False) -> str
     table.add_column("redirected", justify="right", no_wrap=True)
     table.add_column("fell back", justify="right", no_wrap=True)
     table.add_column("target and remarks", overflow="fold")
-    styles = {"applied": "green", "pending": "yellow", "skipped": "red"}
+    styles = {"applied": "green", "provided": "green", "pending": "yellow", "skipped": "red"}
     quiet: dict[str, list[str]] = {}
     for patch in report.patches:
         if _is_quiet(patch):
