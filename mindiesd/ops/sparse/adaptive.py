@@ -7,7 +7,8 @@
 2. *Selection*, per row of blocks: the sink (the first key block) and the recent one (the last that
    the row may see) where they are to be kept, then the others by descending score, until the share
    ``cdf_threshold`` of the row's total is reached or ``ceil(n * (1 - sparsity))`` blocks are kept.
-   n counts the blocks the row may see: with a causal flag, those up to its own.
+   n counts the blocks the row may see: with a causal flag, those up to its own. At least half of
+   that number goes by score, so that in a short sequence the sink and the recent one are not all.
 
 Sources: XAttention, arXiv 2503.16428 (the estimate).
 
@@ -92,6 +93,7 @@ def choose(
         forced[:, :1] = True
     if keep_recent:
         forced |= places == last
+    most = torch.maximum(most, forced.sum(-1, keepdim=True) + (most + 1) // 2)
     unseen = places > last
     ranked = scores.masked_fill(forced, math.inf).masked_fill(unseen, -math.inf)
     order = ranked.sort(dim=-1, descending=True, stable=True).indices
@@ -103,7 +105,7 @@ def choose(
         taken = taken & ((before < enough) | (places == 0))
     keep = torch.zeros_like(scores, dtype=torch.bool)
     keep.scatter_(-1, order, taken.expand_as(order))
-    return keep | forced
+    return (keep | forced) & ~unseen
 
 
 def estimate(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
@@ -131,7 +133,7 @@ def estimate(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
         sampled[list(_SAMPLED)] = True
         wanted = sampled.repeat(shape[2])[:groups]
         # The last block may be too short to hold a sampled group.
-        wanted[(shape[2] - 1) * GROUPS] = True
+        wanted[groups - groups % GROUPS :][:1] = True
         chosen = wanted.nonzero()[:, 0].to(query.device)
     for b in range(batch):
         for n in range(heads):

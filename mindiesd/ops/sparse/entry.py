@@ -156,7 +156,9 @@ def _latents(
     if not latent_k:
         if q.shape[sequence] != k.shape[sequence]:
             raise ParametersInvalid(
-                "latent_shape_k", None, "[t, h, w] of the keys, which are not as many as the queries"
+                "latent_shape_k",
+                None,
+                "[t, h, w] of the keys, which are not as many as the queries",
             )
         latent_k = latent_q
     return latent_q, latent_k

@@ -36,11 +36,10 @@ def attention(
     """
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     if not head_first:
-        views = (t.transpose(1, 2) for t in (query, key, value, out))
-        q, k, v, result = views
+        q, k, v, result = (t.transpose(1, 2) for t in (query, key, value, out))
     else:
         q, k, v, result = query, key, value, out
-    batch, heads, queries, _ = q.shape
+    heads, queries = q.shape[1:3]
     keys, shared = k.shape[2], heads // k.shape[1]
     keep = selection.keep
     order_q = _order(selection.order_q, queries, q.device)
@@ -77,11 +76,12 @@ def attention(
             mine = row[:, None] * BLOCK + torch.arange(width, device=q.device)
             mine = order_q[mine.view(-1)].view(-1, width)
             b, n = b[:, None], n[:, None]
-            packed = (q[b, n, mine], k[b, n // shared, tokens], v[b, n // shared, tokens])
+            rows = q[b, n, mine][:, None]
+            packed = k[b, n // shared, tokens][:, None], v[b, n // shared, tokens][:, None]
             band = None
             if offset is not None and offset <= keys:
                 band = Band(None, offset)
-            part = attend(*(t[:, None] for t in packed), scale=scale, band=band)
+            part = attend(rows, *packed, scale=scale, band=band)
             result[b, n, mine] = part[:, 0]
     return out
 

@@ -56,7 +56,7 @@ def attend_sparsely(
         Attention in the query's layout and dtype.
     """
     kind = q.device.type
-    if torch.is_autocast_enabled(kind) and q.dtype is not torch.float64:
+    if q.dtype is not torch.float64 and not q.is_meta and torch.is_autocast_enabled(kind):
         # As for dense attention: autocast decides the dtype.
         dtype = torch.get_autocast_dtype(kind)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)

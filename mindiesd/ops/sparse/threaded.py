@@ -173,9 +173,7 @@ class _Steps:
             some = tokens[start : start + self.width]
             stop = start + some.shape[0]
             scores = self.scores[: size * some.shape[0]].view(size, -1)
-            torch.addmm(
-                scores, queries, self.take(key, some).t(), beta=0, alpha=factor, out=scores
-            )
+            torch.addmm(scores, queries, self.take(key, some).t(), beta=0, alpha=factor, out=scores)
             if stop > own:
                 part = scores[:, own - start :]
                 hidden = self.within[: part.shape[1]] > self.within[:size, None]
@@ -210,5 +208,3 @@ class _Steps:
             return own.to(self.call.wide), None
         mine = order[row * BLOCK : (row + 1) * BLOCK]
         return source.index_select(0, mine).to(self.call.wide), mine
-
-

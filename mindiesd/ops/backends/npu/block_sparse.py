@@ -88,7 +88,9 @@ def attention(
     )[0]
     out = out[..., :value_dim]
     if selection.order_q is not None:
-        out = out.index_select(2, selection.order_q.argsort())
+        back = torch.empty_like(selection.order_q)
+        back[selection.order_q] = torch.arange(back.shape[0], device=back.device)
+        out = out.index_select(2, back)
     return out if head_first else out.transpose(1, 2)
 
 
