@@ -26,6 +26,7 @@ class Settings(NamedTuple):
         report: ``""`` for one line at the end, ``"1"`` for a table, or the path of a JSON file.
         quiet: whether the report is not printed.
         emulate: whether processes get an emulated NPU.
+        sparse: sparse attention, as ``strategy:sparsity``; ``""`` for none.
     """
 
     only: tuple[str, ...] | None = None
@@ -36,6 +37,7 @@ class Settings(NamedTuple):
     report: str = ""
     quiet: bool = False
     emulate: bool = False
+    sparse: str = ""
 
     @classmethod
     def read(cls, environ: Mapping[str, str], given: Mapping[str, str] | None = None) -> Settings:
@@ -68,6 +70,7 @@ class Settings(NamedTuple):
             "report": self.report,
             "quiet": "1" if self.quiet else "",
             "emulate": "1" if self.emulate else "",
+            "sparse": self.sparse,
         }
         return {PREFIX + name.upper(): text for name, text in texts.items() if text}
 
@@ -79,6 +82,7 @@ class Settings(NamedTuple):
             "numerics": self.numerics,
             "verify": self.verify,
             "strict": self.strict,
+            "sparse": self.sparse or None,
         }
 
 
@@ -96,6 +100,8 @@ def _parse(name: str, label: str, text: str) -> Any:
         if not (text.isascii() and text.isdigit()):
             raise ParametersInvalid(label, repr(text), "a whole number, 0 or more")
         return int(text)
+    if name == "sparse":
+        return text
     if name == "report":
         if text.lower() in _NO:
             return ""

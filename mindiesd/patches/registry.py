@@ -15,7 +15,7 @@ from types import MappingProxyType
 from mindiesd.errors import ParametersInvalid
 
 # One module per family of targets; each holds a tuple called RECORDS.
-FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope")
+FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope", "sparse")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +39,8 @@ class Patch:
         parameters: the parameter names the target must have, or the record is skipped. ``None``
             for a builtin, which has no signature to compare.
         keep_in: modules whose own reference to the target is left alone by the identity sweep.
+        option: the option of ``patch_all`` that must be given for this patch to be selected; empty
+            for none.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Patch:
     requires: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     parameters: tuple[str, ...] | None = None
     keep_in: tuple[str, ...] = ()
+    option: str = ""
 
     @property
     def target(self) -> str:
@@ -77,23 +80,33 @@ def names() -> tuple[str, ...]:
 
 
 def select(
-    only: str | Iterable[str] | None = None, skip: str | Iterable[str] | None = None
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    options: Iterable[str] = (),
 ) -> tuple[Patch, ...]:
     """The records that ``only`` and ``skip`` leave, in registry order.
 
     Args:
         only: record or family names to keep; ``None`` keeps all.
         skip: record or family names to leave out.
+        options: which of the options are given that some records need.
 
     Raises:
-        ParametersInvalid: a name is neither a record nor a family.
+        ParametersInvalid: a name is neither a record nor a family, or ``only`` names one that needs
+            an option which is not given.
     """
     wanted = _words("only", only)
+    for record in records() if wanted else ():
+        if record.option not in ("", *options) and wanted & {record.name, record.family}:
+            raise ParametersInvalid(
+                "only", record.name, f"patches that are in force without {record.option}="
+            )
     unwanted = _words("skip", skip) or frozenset()
     return tuple(
         record
         for record in records()
-        if (wanted is None or wanted & {record.name, record.family})
+        if record.option in ("", *options)
+        and (wanted is None or record.option or wanted & {record.name, record.family})
         and not unwanted & {record.name, record.family}
     )
 

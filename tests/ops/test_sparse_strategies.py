@@ -37,7 +37,7 @@ LATENTS = st.sampled_from([(2, 16, 16), (3, 10, 9), (1, 7, 30), (4, 8, 24), (1, 
 def test_rainfusion_keeps_the_best_means_and_all_text(q_shape, k_shape, text, last, share, frame):
     query = torch.randn(1, 4, math.prod(q_shape) + text, 8)
     key = torch.randn(1, 2, math.prod(k_shape) + text, 8)
-    chosen = rainfusion.select(query, key, -0.3, q_shape, k_shape, text, last, share, frame)
+    chosen = rainfusion.select(query, key, -0.3, q_shape, k_shape, text, text, last, share, frame)
 
     def means(x, shape):
         placed = x[:, :, sequence_order(shape, text, last, x.device)].double()
@@ -154,7 +154,7 @@ def test_rf_v2_is_exact_attention_over_what_it_keeps(layout, dtype):
         latent_shape_q=latent_q,
         latent_shape_k=list(latent_k),
     )
-    chosen = rainfusion.select(query, key, 0.25, latent_q, latent_k, text, False, 0.6)
+    chosen = rainfusion.select(query, key, 0.25, latent_q, latent_k, text, text, False, 0.6)
     expected = oracles.attention(query, key, value, keep=token_mask(chosen, 347, 461))
     oracles.assert_close(out if layout == "BNSD" else out.transpose(1, 2), expected)
 

@@ -135,6 +135,7 @@ def sparse_attention(
         head_first,
         inner_precise,
         txt_len,
+        txt_len,
         False,
         latent_q,
         latent_k,

@@ -22,7 +22,8 @@ def attend_sparsely(
     is_causal: bool = False,
     head_first: bool = True,
     inner_precise: int = 0,
-    text: int = 0,
+    text_q: int = 0,
+    text_k: int = 0,
     text_last: bool = False,
     latent_q: Sequence[int] = (),
     latent_k: Sequence[int] = (),
@@ -43,7 +44,8 @@ def attend_sparsely(
         is_causal: top-left causal; ada_bsa only.
         head_first: whether heads come before the sequence.
         inner_precise: 1 allows a device's kernel to sum in half precision.
-        text: rf_v2: text tokens in both sequences.
+        text_q: rf_v2: text tokens among the queries.
+        text_k: rf_v2: text tokens among the keys.
         text_last: rf_v2: whether the text follows the video; else it comes first.
         latent_q: rf_v2: (t, h, w) of the queries beside the text.
         latent_k: rf_v2: (t, h, w) of the keys beside the text.
@@ -70,7 +72,8 @@ def attend_sparsely(
         is_causal,
         head_first,
         inner_precise,
-        text,
+        text_q,
+        text_k,
         text_last,
         list(latent_q),
         list(latent_k),
@@ -100,7 +103,8 @@ def _compute(
     is_causal: bool,
     head_first: bool,
     inner_precise: int,
-    text: int,
+    text_q: int,
+    text_k: int,
     text_last: bool,
     latent_q: Sequence[int],
     latent_k: Sequence[int],
@@ -114,7 +118,7 @@ def _compute(
         if sparse_type == "rf_v2":
             shapes = latent_of(latent_q), latent_of(latent_k)
             selection = rainfusion.select(
-                query, key, scale, *shapes, text, text_last, sparsity, protect_first_frame
+                query, key, scale, *shapes, text_q, text_k, text_last, sparsity, protect_first_frame
             )
         else:
             selection = adaptive.select(
@@ -156,8 +160,8 @@ def over_blocks(
 # hides it. Written out, because what torch infers from annotations varies with its version.
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, str sparse_type, float sparsity, float scale, bool is_causal, "
-    "bool head_first, SymInt inner_precise, SymInt text, bool text_last, SymInt[] latent_q, "
-    "SymInt[] latent_k, bool protect_first_frame, bool keep_sink, bool keep_recent, "
+    "bool head_first, SymInt inner_precise, SymInt text_q, SymInt text_k, bool text_last, "
+    "SymInt[] latent_q, SymInt[] latent_k, bool protect_first_frame, bool keep_sink, bool keep_recent, "
     "float cdf_threshold) -> Tensor"
 )
 

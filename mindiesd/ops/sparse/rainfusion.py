@@ -26,7 +26,8 @@ def select(
     scale: float,
     latent_q: tuple[int, int, int],
     latent_k: tuple[int, int, int],
-    text: int,
+    text_q: int,
+    text_k: int,
     text_last: bool,
     sparsity: float,
     protect_first_frame: bool = False,
@@ -39,21 +40,25 @@ def select(
         scale: factor on the scores.
         latent_q: (t, h, w) of the queries beside the text.
         latent_k: (t, h, w) of the keys beside the text.
-        text: text tokens, in both sequences.
+        text_q: text tokens among the queries.
+        text_k: text tokens among the keys.
         text_last: whether the text follows the video; else it comes first.
         sparsity: share of the key blocks to drop.
         protect_first_frame: keep the blocks of the first frame too, as keys and as queries.
     """
-    order_q = sequence_order(latent_q, text, text_last, query.device)
-    order_k = sequence_order(latent_k, text, text_last, key.device)
+    order_q = sequence_order(latent_q, text_q, text_last, query.device)
+    order_k = sequence_order(latent_k, text_k, text_last, key.device)
     means_q, means_k = block_means(query, order_q), block_means(key, order_k)
     groups = query.shape[1] // key.shape[1]
     if groups != 1:
         means_k = means_k.repeat_interleave(groups, 1)
     scores = means_q @ (means_k.transpose(-1, -2) * scale)
     keep = largest(scores, kept(scores.shape[-1], sparsity))
-    for rows, latent, length in ((True, latent_q, query.shape[2]), (False, latent_k, key.shape[2])):
-        chosen = keep if rows else keep.transpose(-1, -2)
+    sides = (
+        (keep, latent_q, query.shape[2], text_q),
+        (keep.transpose(-1, -2), latent_k, key.shape[2], text_k),
+    )
+    for chosen, latent, length, text in sides:
         if text:
             chosen[..., (length - text) // BLOCK :, :] = True
         if protect_first_frame:
