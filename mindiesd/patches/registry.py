@@ -96,8 +96,9 @@ def select(
             an option which is not given.
     """
     wanted = _words("only", only)
-    for record in records() if wanted else ():
-        if record.option not in ("", *options) and wanted & {record.name, record.family}:
+    for record in records():
+        named = wanted is not None and wanted & {record.name, record.family}
+        if named and record.option not in ("", *options):
             raise ParametersInvalid(
                 "only", record.name, f"patches that are in force without {record.option}="
             )

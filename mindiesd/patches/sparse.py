@@ -35,9 +35,9 @@ _NUMERICS = (
     "an approximation, asked for with sparse=: exact attention over a part of the key blocks"
 )
 _WHEN = (
-    "with patch_all(sparse=…): the self-attention of the video tokens (and the text that is part of "
-    "that sequence) from min_sequence tokens on, without a mask other than padded text, outside of "
-    "the steps and layers to be kept dense; not inside of torch.compile"
+    "with patch_all(sparse=…): the self-attention of the video tokens (and the text in that "
+    "sequence) from min_sequence tokens on, without a mask other than padded text, outside of the "
+    "steps and layers to be kept dense; not inside of torch.compile"
 )
 
 

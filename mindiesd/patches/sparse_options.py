@@ -52,7 +52,8 @@ class SparseOptions:
             _refuse("sparsity", self.sparsity, "a number over 0, up to 1")
         if not _is_number(self.cdf_threshold) or not 0 <= self.cdf_threshold <= 1:
             _refuse("cdf_threshold", self.cdf_threshold, "a number from 0 to 1")
-        if type(self.protect_first_frame) is not bool:
+        flag: Any = self.protect_first_frame
+        if type(flag) is not bool:
             _refuse("protect_first_frame", self.protect_first_frame, "True or False")
         for name in ("first_steps", "last_steps", "first_layers", "last_layers", "min_sequence"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 0:

@@ -161,8 +161,8 @@ def over_blocks(
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, str sparse_type, float sparsity, float scale, bool is_causal, "
     "bool head_first, SymInt inner_precise, SymInt text_q, SymInt text_k, bool text_last, "
-    "SymInt[] latent_q, SymInt[] latent_k, bool protect_first_frame, bool keep_sink, bool keep_recent, "
-    "float cdf_threshold) -> Tensor"
+    "SymInt[] latent_q, SymInt[] latent_k, bool protect_first_frame, bool keep_sink, "
+    "bool keep_recent, float cdf_threshold) -> Tensor"
 )
 
 
