@@ -51,14 +51,13 @@ def rotary_position_embedding(
     checks.boolean("fused", fused)
     if x.shape[-1] % 2:
         raise ParametersInvalid("x", checks.describe(x), "an even last dimension")
-    shape = checks.tensor("cos", cos, (2, 4)).shape
-    if checks.tensor("sin", sin, (2, 4)).shape != shape:
-        raise ParametersInvalid("sin", checks.describe(sin), f"the shape of cos, {[*shape]}")
-    cos, sin = _table("cos", cos, x, head_first), _table("sin", sin, x, head_first)
+    tables = _table("cos", cos, x, head_first), _table("sin", sin, x, head_first)
+    if cos.shape != sin.shape:
+        raise ParametersInvalid("sin", checks.describe(sin), f"the shape of cos, {[*cos.shape]}")
     interleaved = rotated_mode == "rotated_interleaved"
     if not fused:
-        return native.rotate(x, cos, sin, interleaved)
-    return rotate(x, cos, sin, interleaved)
+        return native.rotate(x, *tables, interleaved)
+    return rotate(x, *tables, interleaved)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
@@ -74,7 +73,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 def _table(name: str, table: Tensor, x: Tensor, head_first: bool) -> Tensor:
-    """A table of two or four dimensions as four that broadcast to x."""
+    """A table as four dimensions that broadcast to x."""
+    checks.tensor(name, table, (2, 4))
     checks.same_device(name, table, "x", x)
     if table.dim() == 2:
         sequence, layout = (2, "[B, N, S, D]") if head_first else (1, "[B, S, N, D]")
