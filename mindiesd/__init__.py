@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from mindiesd.ops.varlen import attention_forward_varlen
     from mindiesd.patches import Migration, patch_all, patch_pipeline, unpatch_all
     from mindiesd.patches.report import Report
+    from mindiesd.patches.sparse_options import SparseOptions
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOME = {
     "patch_pipeline": "mindiesd.patches",
     "Migration": "mindiesd.patches",
     "Report": "mindiesd.patches.report",
+    "SparseOptions": "mindiesd.patches.sparse_options",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "PatchError",
     "RMSNorm",
     "Report",
+    "SparseOptions",
     "__version__",
     "attention_forward",
     "attention_forward_varlen",

@@ -1,4 +1,7 @@
-"""Writes the pages of docs/ that are generated: docs/patches.md, from the patch records.
+"""Writes the pages of docs/ that are generated.
+
+docs/patches.md comes from the patch records, docs/specification.md from the tests named after the
+statements of the layers API.
 
 python scripts/_docs.py            writes them
 python scripts/_docs.py --check    fails when one is not up to date
@@ -6,12 +9,15 @@ python scripts/_docs.py --check    fails when one is not up to date
 
 from __future__ import annotations
 
+import ast
 import sys
 from pathlib import Path
 
 from mindiesd.patches.registry import FAMILIES, records
 
-DOCS = Path(__file__).resolve().parent.parent / "docs"
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+SPECIFICATION = ("test_specification.py", "test_specification_fused.py")
 
 
 def patches_page() -> str:
@@ -52,7 +58,33 @@ def patches_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"patches.md": patches_page}
+def specification_page() -> str:
+    """Every statement of the layers API beside the test that holds it to it."""
+    lines = [
+        "# The layers API, statement by statement",
+        "",
+        "Generated from the tests by `python scripts/_docs.py`; do not edit. Run one with "
+        "`pytest tests/ops/<file>::<test>`.",
+        "",
+    ]
+    for name in SPECIFICATION:
+        tree = ast.parse((ROOT / "tests" / "ops" / name).read_text(encoding="utf-8"))
+        for group in tree.body:
+            if not isinstance(group, ast.ClassDef):
+                continue
+            lines += [f"## {ast.get_docstring(group)}", "", "| statement | test |", "|---|---|"]
+            for test in group.body:
+                if isinstance(test, ast.FunctionDef) and test.name.startswith("test_"):
+                    statement = " ".join((ast.get_docstring(test) or "").split())
+                    if not statement:
+                        raise SystemExit(f"{name}: {test.name} states nothing")
+                    shown = statement.replace("|", "\\|")
+                    lines.append(f"| {shown} | `{name}::{group.name}::{test.name}` |")
+            lines.append("")
+    return "\n".join(lines)
+
+
+PAGES = {"patches.md": patches_page, "specification.md": specification_page}
 
 
 def main() -> int:

@@ -17,13 +17,17 @@ from typing import Any
 KINDS = ("attention", "rope", "norm", "adaptive norm", "activation")
 """The five kinds of operation that a model's row has a cell for."""
 
-_ROPE = re.compile(r"(apply|rotate|inplace)\w*_?(rot|rope)|rope_apply|rotate_half|_rotate_axis", re.I)
+_ROPE = re.compile(
+    r"(apply|rotate|inplace)\w*_?(rot|rope)|rope_apply|rotate_half|_rotate_axis", re.I
+)
 _ADAPTIVE = re.compile(r"Ada|NormZero|NormContinuous|Modulated|NormSingle", re.I)
 _NORM = re.compile(r"(\w*(?:Norm|LayerNorm|RMS_norm)\w*)\.forward$")
 _ACTIVATION = re.compile(r"(\w*(?:GELU|GLU|SiLU|Swish|Activation)\w*)\.forward$", re.I)
 _ATTENTION = ("get_attention_scores", "flex_attention", "eager_attention_forward")
 # norm(x) * (1 + scale) + shift written out in a block's forward.
-_INLINED = re.compile(r"\* ?\((1|1\.0) \+ |\(scale\.float\(\) \+ 1\.0\)|\+ 1(\.0)?\) ?\* ?self\.norm")
+_INLINED = re.compile(
+    r"\* ?\((1|1\.0) \+ |\(scale\.float\(\) \+ 1\.0\)|\+ 1(\.0)?\) ?\* ?self\.norm"
+)
 _BUILTINS = {
     "scaled_dot_product_attention": "attention",
     "gelu": "activation",

@@ -28,6 +28,7 @@ class Settings(NamedTuple):
         emulate: whether processes get an emulated NPU.
         compare: whether the command is run without the patches too, and the two are compared.
         device: whether ``"cuda"`` means the NPU where there is one and CUDA is not.
+        sparse: sparse attention, as ``strategy:sparsity``; ``""`` for none.
     """
 
     only: tuple[str, ...] | None = None
@@ -40,6 +41,7 @@ class Settings(NamedTuple):
     emulate: bool = False
     compare: bool = False
     device: bool = True
+    sparse: str = ""
 
     @classmethod
     def read(cls, environ: Mapping[str, str], given: Mapping[str, str] | None = None) -> Settings:
@@ -74,6 +76,7 @@ class Settings(NamedTuple):
             "emulate": "1" if self.emulate else "",
             "compare": "1" if self.compare else "",
             "device": "" if self.device else "0",
+            "sparse": self.sparse,
         }
         return {PREFIX + name.upper(): text for name, text in texts.items() if text}
 
@@ -85,6 +88,7 @@ class Settings(NamedTuple):
             "numerics": self.numerics,
             "verify": self.verify,
             "strict": self.strict,
+            "sparse": self.sparse or None,
         }
 
 
@@ -102,6 +106,8 @@ def _parse(name: str, label: str, text: str) -> Any:
         if not (text.isascii() and text.isdigit()):
             raise ParametersInvalid(label, repr(text), "a whole number, 0 or more")
         return int(text)
+    if name == "sparse":
+        return text
     if name == "report":
         if text.lower() in _NO:
             return ""

@@ -53,7 +53,7 @@ def _check(settings: Settings, given: dict[str, str]) -> None:
         try:
             Options(**settings.for_patch_all())
         except ParametersInvalid as problem:
-            name = problem.argument
+            name = problem.argument.partition(".")[0]
             label = f"--{name}" if name in given else f"MINDIESD_{name.upper()}"
             raise ParametersInvalid(label, problem.received, problem.allowed) from None
     if settings.compare:

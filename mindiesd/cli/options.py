@@ -17,8 +17,8 @@ Examples:
   mindiesd-run --skip sdpa torchrun --nproc-per-node 8 script.py
 
 Each option may also be given as a variable: MINDIESD_ONLY, _SKIP, _NUMERICS, _VERIFY, _STRICT,
-_REPORT, _QUIET, _EMULATE, _COMPARE, _DEVICE (0: --no-device). Everything from the script on, or
-from -m or -c on, belongs to the command."""
+_REPORT, _QUIET, _EMULATE, _COMPARE, _SPARSE, _DEVICE (0: --no-device). Everything from the script
+on, or from -m or -c on, belongs to the command."""
 
 
 class _Launcher(click.Command):
@@ -75,6 +75,11 @@ _command = _Launcher(
             is_flag=True,
             help='Leave "cuda" alone; without this it means the NPU where CUDA is not available.',
         ),
+        click.Option(
+            ["--sparse"],
+            metavar="rf_v2|ada_bsa[:SHARE]",
+            help="Drop a share (0.75) of the key blocks in video models: an approximation.",
+        ),
         click.Option(["--quiet"], is_flag=True, help="Write no summary at the end."),
         click.Option(["--list"], is_flag=True, help="Show every patch and exit."),
         click.Option(["--status"], is_flag=True, help="Examine this installation and exit."),
@@ -86,7 +91,7 @@ _command = _Launcher(
 
 # These take a value only after "=": the word that follows is the script.
 _BARE = {"--report": "1", "--verify": "1"}
-_WITH_VALUE = ("--only", "--skip", "--numerics")
+_WITH_VALUE = ("--only", "--skip", "--numerics", "--sparse")
 
 
 def read(
@@ -112,7 +117,7 @@ def read(
     for name in ("only", "skip"):
         if values[name]:
             given[name] = ",".join(values[name])
-    for name in ("numerics", "verify", "report"):
+    for name in ("numerics", "verify", "report", "sparse"):
         if values[name] is not None:
             given[name] = values[name]
     for name in ("strict", "quiet", "emulate", "compare"):

@@ -51,13 +51,13 @@ def rotary_position_embedding(
     checks.boolean("fused", fused)
     if x.shape[-1] % 2:
         raise ParametersInvalid("x", checks.describe(x), "an even last dimension")
-    cos, sin = _table("cos", cos, x, head_first), _table("sin", sin, x, head_first)
+    tables = _table("cos", cos, x, head_first), _table("sin", sin, x, head_first)
     if cos.shape != sin.shape:
         raise ParametersInvalid("sin", checks.describe(sin), f"the shape of cos, {[*cos.shape]}")
     interleaved = rotated_mode == "rotated_interleaved"
     if not fused:
-        return native.rotate(x, cos, sin, interleaved)
-    return rotate(x, cos, sin, interleaved)
+        return native.rotate(x, *tables, interleaved)
+    return rotate(x, *tables, interleaved)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

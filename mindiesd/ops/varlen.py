@@ -141,14 +141,21 @@ def starts_of(name: str, given: object) -> list[int] | Tensor:
 
 
 def numbers(starts: Tensor) -> list[int]:
-    """The values of a tensor; a backend may remember those it had to fetch from its device."""
+    """The values of a tensor; fetched from a device once, while the tensor is not written to."""
     if not starts.is_cpu:
         fetch = getattr(backend_of(starts), "host_list", None)
         if fetch is not None:
             fetched: list[int] = fetch(starts)
             return fetched
+        return _remembered(starts)
     values: list[int] = starts.tolist()
     return values
+
+
+def _remembered(starts: Tensor) -> list[int]:
+    from mindiesd.ops.backends.npu.derived import TABLE
+
+    return list(TABLE.get(starts, "host", lambda: tuple(starts.tolist())))
 
 
 def lengths_of(name: str, starts: list[int], total: int, bound: int | None) -> list[int]:

@@ -34,11 +34,11 @@ def pairs(x: Tensor, sources: Sources, fact: Any) -> Tables | str:
     """cos and sin [1, S, 1, D] of which the cosines of even and the sines of odd channels count."""
     import torch
 
-    from mindiesd.patches.rope import forms
+    from mindiesd.patches.rope import forms, kept
 
     cos, sin = sources
     if cos.shape != sin.shape or not cos.dim() or cos.shape[-1] % 2:
-        return forms.TABLE_SHAPE
+        return kept.TABLE_SHAPE
     found = forms.full()(x, (cos[..., 0::2], sin[..., 1::2]), fact)
     if isinstance(found, str):
         return found

@@ -12,8 +12,9 @@ from mindiesd.patches.engine import ENGINE
 from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.registry import select, words
 from mindiesd.patches.report import PatchReport, Report, versions
-from mindiesd.patches.verify import Verification
+from mindiesd.patches.sparse_options import SparseOptions, read
 from mindiesd.patches.sweep import Swap
+from mindiesd.patches.verify import Verification
 
 NUMERICS = ("faithful", "fast")
 
@@ -28,6 +29,7 @@ class Options:
         numerics: str,
         verify: int,
         strict: bool,
+        sparse: object = None,
     ) -> None:
         """Check the options.
 
@@ -45,16 +47,25 @@ class Options:
         self.numerics = numerics
         self.verify = verify
         self.strict = strict
-        self.patches = select(self.only, self.skip)
+        self.sparse: SparseOptions | None = read(sparse)
+        self.patches = select(self.only, self.skip, () if self.sparse is None else ("sparse",))
+        if self.sparse is not None:
+            names = [patch.name for patch in self.patches]
+            if "sdpa" not in names or not any(patch.option == "sparse" for patch in self.patches):
+                raise ParametersInvalid(
+                    "sparse", "given without its patches", "None, or sdpa and sparse left selected"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain data."""
+        asked = {} if self.sparse is None else {"sparse": self.sparse.to_dict()}
         return {
             "only": None if self.only is None else list(self.only),
             "skip": None if self.skip is None else list(self.skip),
             "numerics": self.numerics,
             "verify": self.verify,
             "strict": self.strict,
+            **asked,
         }
 
     def __eq__(self, other: object) -> bool:

@@ -20,6 +20,7 @@ from mindiesd.errors import ParametersInvalid
 from mindiesd.patches.engine import ENGINE
 from mindiesd.patches.migration import Migration, Options
 from mindiesd.patches.scope import LOCAL, OPEN, Token
+from mindiesd.patches.sparse import PLANS, Plan
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -38,6 +39,7 @@ def patch_pipeline(
     numerics: str = "faithful",
     verify: int = 0,
     strict: bool = False,
+    sparse: Any = None,
 ) -> Iterator[Migration]:
     """Redirect calls made inside one pipeline's modules, for the length of a ``with`` block.
 
@@ -54,6 +56,7 @@ def patch_pipeline(
         numerics: as for :func:`patch_all`.
         verify: as for :func:`patch_all`.
         strict: as for :func:`patch_all`.
+        sparse: as for :func:`patch_all`.
 
     Yields:
         The migration; its ``report()`` counts this block's calls only.
@@ -62,7 +65,7 @@ def patch_pipeline(
         ParametersInvalid: ``pipe`` holds no module, or an option is not allowed.
         PatchError: as for :func:`patch_all`.
     """
-    options = Options(only, skip, numerics, verify, strict)
+    options = Options(only, skip, numerics, verify, strict, sparse)
     modules = _modules(pipe)
     migration = Migration(options, f"pipeline {type(pipe).__name__}")
     names = frozenset(patch.name for patch in options.patches)
@@ -73,6 +76,8 @@ def patch_pipeline(
     try:
         with ENGINE.lock():
             OPEN.add(token)
+            if options.sparse is not None:
+                PLANS[token.key] = Plan(options.sparse, migration.notes)
             for module in modules:
                 scoped.enter(module)
         yield migration
@@ -80,6 +85,7 @@ def patch_pipeline(
         token.active = False
         with ENGINE.lock():
             OPEN.discard(token)
+            PLANS.pop(token.key, None)
             for module in modules:
                 scoped.leave(module)
         migration.uninstall()

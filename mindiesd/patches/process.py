@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from mindiesd.patches.engine import ENGINE
 from mindiesd.patches.migration import Migration, Options
+from mindiesd.patches.sparse import PLANS, Plan
 
 _current: Migration | None = None
 
@@ -16,6 +18,7 @@ def patch_all(
     numerics: str = "faithful",
     verify: int = 0,
     strict: bool = False,
+    sparse: Any = None,
 ) -> Migration:
     """Redirect existing attention, normalisation and rotary calls in the whole process.
 
@@ -33,6 +36,9 @@ def patch_all(
             float64; a line that fails goes back to the original and stands in the report.
             0: none.
         strict: raise when any selected patch cannot be applied.
+        sparse: sparse attention for the long self-attentions of video models, an approximation:
+            :class:`mindiesd.SparseOptions`, a mapping of its fields, or a text such as
+            ``"rf_v2:0.75"``. ``None``: none.
 
     Returns:
         The migration, whose ``report()`` tells what was done.
@@ -42,7 +48,7 @@ def patch_all(
         PatchError: a patch that was asked for by name, or any under ``strict``, cannot be applied.
     """
     global _current
-    options = Options(only, skip, numerics, verify, strict)
+    options = Options(only, skip, numerics, verify, strict, sparse)
     with ENGINE.lock():
         if _current is not None:
             if _current.options == options:
@@ -55,6 +61,8 @@ def patch_all(
             site.count_to(migration.ledger)
             site.verification = migration.verification
             site.everywhere = True
+        if options.sparse is not None:
+            PLANS["process"] = Plan(options.sparse, migration.notes)
         _current = migration
     return migration
 
@@ -74,6 +82,7 @@ def unpatch_all() -> None:
     with ENGINE.lock():
         if _current is None:
             return
+        PLANS.pop("process", None)
         for patch in _current.options.patches:
             site = ENGINE.state(patch.name).site
             site.everywhere, site.verification = False, None

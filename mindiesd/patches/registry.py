@@ -30,6 +30,7 @@ FAMILIES = (
     "flash_attn",
     "xformers",
     "sageattention",
+    "sparse",
 )
 # Families whose records are in a module that they share.
 _SHARED = dict.fromkeys(("flash_attn", "xformers", "sageattention"), "front_doors.records")
@@ -71,6 +72,8 @@ class Patch:
         contents: ``"module:function"``; called with a ``Site``, returns the attributes of each
             module of the provided packages.
         by_name_only: whether the record is left out unless ``only=`` names it.
+        option: the option of ``patch_all`` that must be given for this patch to be selected; empty
+            for none.
     """
 
     name: str
@@ -92,6 +95,7 @@ class Patch:
     provides: tuple[str, ...] = ()
     contents: str = ""
     by_name_only: bool = False
+    option: str = ""
 
     @property
     def target(self) -> str:
@@ -137,26 +141,38 @@ def names() -> tuple[str, ...]:
 
 
 def select(
-    only: str | Iterable[str] | None = None, skip: str | Iterable[str] | None = None
+    only: str | Iterable[str] | None = None,
+    skip: str | Iterable[str] | None = None,
+    options: Iterable[str] = (),
 ) -> tuple[Patch, ...]:
     """The records that ``only`` and ``skip`` leave, in registry order.
 
     Args:
         only: record or family names to keep; ``None`` keeps all.
         skip: record or family names to leave out.
+        options: which of the options are given that some records need.
 
     Raises:
-        ParametersInvalid: a name is neither a record nor a family.
+        ParametersInvalid: a name is neither a record nor a family, or ``only`` names one that needs
+            an option which is not given.
     """
     wanted = words("only", only)
+    for record in records():
+        named = wanted is not None and wanted & {record.name, record.family}
+        if named and record.option not in ("", *options):
+            raise ParametersInvalid(
+                "only", record.name, f"patches that are in force without {record.option}="
+            )
     unwanted = words("skip", skip) or frozenset()
     return tuple(
         record
         for record in records()
-        if (
+        if record.option in ("", *options)
+        and (
             not record.by_name_only
             if wanted is None
-            else wanted & {record.name, "" if record.by_name_only else record.family}
+            else record.option
+            or wanted & {record.name, "" if record.by_name_only else record.family}
         )
         and not unwanted & {record.name, record.family}
     )

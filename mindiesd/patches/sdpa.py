@@ -45,11 +45,15 @@ RECORDS = (
 
 def build(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``F.scaled_dot_product_attention``."""
+    import torch
     from torch import Tensor
     from torch.overrides import handle_torch_function, has_torch_function_variadic
 
     from mindiesd.ops import attention
+    from mindiesd.patches import sparse
 
+    plans, tracing = sparse.PLANS, torch.compiler.is_dynamo_compiling
+    tell: Callable[[], None] = torch.compiler.assume_constant_result(sparse.traced)  # type: ignore[no-untyped-call]
     grad_enabled, jit_tracing, _ = law.context()
 
     def scaled_dot_product_attention(
@@ -119,6 +123,13 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                         elif site.takes(None):
                             out = attention.attend(*four, scale, is_causal)
                             return out.reshape(*query.shape[:-1], value.shape[-1])
+            if plans and reason is None:
+                if tracing():
+                    tell()
+                else:
+                    partly = sparse.attend(query, key, value, attn_mask, scale, is_causal)
+                    if partly is not None:
+                        return partly
             if site.takes(reason):
                 return attention.attend(query, key, value, attn_mask, scale, is_causal)
         kept: Tensor = original(

@@ -60,6 +60,17 @@ def sparse_case(device):
     return lambda q: mindiesd.sparse_attention(q, q, q, is_causal=True, head_num=4), (q,)
 
 
+def sparse_blocks_case(device, sparse_type, **extras):
+    q, kv = tensor(1, 2, 300, 8, device=device), tensor(1, 1, 300, 8, device=device)
+
+    def call(q, kv):
+        return mindiesd.sparse_attention(
+            q, kv, kv, sparse_type=sparse_type, sparsity=0.5, latent_shape_q=(3, 10, 10), **extras
+        )
+
+    return call, (q, kv)
+
+
 def rope_case(device, mode):
     x, cos, sin = tensor(2, 5, 4, 8, device=device), *tensor(2, 5, 8, device=device)
     return (
@@ -101,6 +112,8 @@ CASES = {
     "varlen tensors": lambda d: varlen_case(d, "tensors", causal=True, softcap=3.0),
     "varlen equal": lambda d: varlen_case(d, "tensors", ((0, 3, 6), (0, 3, 6)), causal=True),
     "sparse": sparse_case,
+    "rf_v2": lambda d: sparse_blocks_case(d, "rf_v2"),
+    "ada_bsa": lambda d: sparse_blocks_case(d, "ada_bsa", is_causal=True),
     "rope half": lambda d: rope_case(d, "rotated_half"),
     "rope interleaved": lambda d: rope_case(d, "rotated_interleaved"),
     "rms_norm": lambda d: norm_case(d, "rms"),
@@ -121,6 +134,33 @@ def test_compiled_whole(case):
         out = compiled(*arguments)
     assert out.dtype is expected.dtype
     torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_exported(case):
+    call, arguments = CASES[case]("cpu")
+
+    class Module(nn.Module):
+        def forward(self, *arguments):
+            return call(*arguments)
+
+    with torch.no_grad():
+        exported = torch.export.export(Module(), arguments)
+        torch.testing.assert_close(exported.module()(*arguments), call(*arguments))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_under_autocast(case):
+    """A result, in the dtype of the inputs or of autocast, close to the one without."""
+    call, arguments = CASES[case]("cpu")
+    with torch.no_grad():
+        expected = call(*arguments)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = call(*arguments)
+    assert out.dtype in (expected.dtype, torch.bfloat16)
+    if "ada_bsa" not in case and "rf_v2" not in case:
+        # Which blocks are best may change with the rounding.
+        torch.testing.assert_close(out.float(), expected.float(), rtol=0.05, atol=0.05)
 
 
 def test_compiled_with_dynamic_shapes():

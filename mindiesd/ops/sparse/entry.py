@@ -1,7 +1,8 @@
-"""The public face of sparse attention: checks every argument, then picks the strategy.
+"""The public face of sparse attention: checks every argument.
 
-A strategy keeps a part of the key blocks for each query block and attends to those exactly. With
-nothing to drop, the result is that of dense attention, bit for bit.
+A strategy keeps a part of the key blocks for each query block and attends to those exactly, with a
+softmax over their tokens alone: :mod:`.rainfusion`, :mod:`.adaptive`. With nothing to drop, the
+result is that of dense attention, bit for bit.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from torch import Tensor
 from mindiesd.errors import ParametersInvalid
 from mindiesd.ops import checks
 from mindiesd.ops.attention import attend, check_dimensions
+from mindiesd.ops.sparse.kernel import attend_sparsely
+from mindiesd.ops.sparse.selection import BLOCK
 
 TYPES = (None, "rf_v2", "ada_bsa")
 LAYOUTS = ("BNSD", "BSND")
-BLOCK_SIZE = 128
 
 
 def sparse_attention(
@@ -49,30 +51,37 @@ def sparse_attention(
         v: [B, Nkv, Skv, Dv], likewise.
         attn_mask: reserved; only None.
         scale: factor on the scores; None is ``D ** -0.5``.
-        is_causal: query i sees the keys j <= i.
+        is_causal: query i sees the keys j <= i. Not with rf_v2, whose blocks have no such order.
         head_num: 1 (unspecified) or N.
         input_layout: ``"BNSD"`` or ``"BSND"``, of the tensors and of the result.
-        inner_precise: 0 high precision, 1 high performance.
+        inner_precise: 0 high precision; 1 lets a kernel that can sum in float16, where the
+            tensors are float16. The softmax of every other kernel is float32 either way.
         sparse_type: None, ``"rf_v2"`` (RainFusion) or ``"ada_bsa"`` (adaptive block sparse).
-        txt_len: rf_v2: text tokens at the front of the sequence.
+        txt_len: rf_v2: text tokens at the front of both sequences; always attended, and attending
+            to everything.
         block_size: only 128.
-        latent_shape_q: rf_v2: (t, h, w) of the queries after the text.
-        latent_shape_k: rf_v2: (t, h, w) of the keys after the text.
+        latent_shape_q: rf_v2, required: (t, h, w) of the queries after the text.
+        latent_shape_k: rf_v2: (t, h, w) of the keys after the text; None is that of the queries.
         keep_sink: ada_bsa: always keep the first key block.
         keep_recent: ada_bsa: always keep the last key block a query block may see.
         cdf_threshold: ada_bsa: share of the estimated attention to keep, in [0, 1].
-        sparsity: share of the key blocks to drop, in [0, 1]; 0 is dense attention.
-        **kwargs: none is known.
+        sparsity: share of the key blocks to drop, in [0, 1]; 0 is dense attention. Of n blocks,
+            each query block keeps ceil(n * (1 - sparsity)), and one at least.
+        **kwargs: ``protect_first_frame`` (default False): rf_v2: keep the blocks of the first frame
+            on top of that share, as keys and as queries.
 
     Returns:
         [B, N, Sq, Dv], or [B, Sq, N, Dv]; dtype of q.
 
     Raises:
-        ParametersInvalid: an argument is wrong, a gradient is needed, or the strategy asked for is
-            not implemented yet.
+        ParametersInvalid: an argument is wrong, or a gradient is needed.
     """
+    protect_first_frame = checks.boolean(
+        "protect_first_frame", kwargs.pop("protect_first_frame", False)
+    )
     if kwargs:
-        raise ParametersInvalid(next(iter(kwargs)), "an unknown keyword argument", "no other")
+        allowed = "no other than protect_first_frame"
+        raise ParametersInvalid(next(iter(kwargs)), "an unknown keyword argument", allowed)
     checks.tensor("q", q, 4)
     for name, other in (("k", k), ("v", v)):
         checks.tensor(name, other, 4)
@@ -94,7 +103,7 @@ def sparse_attention(
     checks.choice("inner_precise", inner_precise, (0, 1))
     checks.choice("sparse_type", sparse_type, TYPES)
     checks.integer("txt_len", txt_len, 0)
-    checks.choice("block_size", block_size, (BLOCK_SIZE,))
+    checks.choice("block_size", block_size, (BLOCK,))
     checks.boolean("keep_sink", keep_sink)
     checks.boolean("keep_recent", keep_recent)
     checks.real("cdf_threshold", cdf_threshold, 0.0, 1.0)
@@ -108,9 +117,52 @@ def sparse_attention(
 
     if sparse_type is None or sparsity == 0:
         return attend(q, k, v, None, scale, is_causal, head_first=head_first)
-    raise ParametersInvalid(
-        "sparse_type", sparse_type, "None, or any with sparsity=0.0: not implemented yet"
+    latent_q, latent_k = latent_shape_q or (), latent_shape_k or ()
+    if sparse_type == "rf_v2":
+        if is_causal:
+            raise ParametersInvalid("is_causal", True, "False with sparse_type='rf_v2'")
+        latent_q, latent_k = _latents(q, k, latent_q, latent_k, sequence)
+    if 0 in q.shape or 0 in k.shape or 0 in v.shape:
+        return attend(q, k, v, None, scale, is_causal, head_first=head_first)
+    return attend_sparsely(
+        q,
+        k,
+        v,
+        sparse_type,
+        sparsity,
+        scale,
+        is_causal,
+        head_first,
+        inner_precise,
+        txt_len,
+        txt_len,
+        False,
+        latent_q,
+        latent_k,
+        protect_first_frame,
+        keep_sink,
+        keep_recent,
+        cdf_threshold,
     )
+
+
+def _latents(
+    q: Tensor, k: Tensor, latent_q: Sequence[int], latent_k: Sequence[int], sequence: int
+) -> tuple[Sequence[int], Sequence[int]]:
+    """The latent shapes of rf_v2; those of the keys are the queries' unless given."""
+    if not latent_q:
+        raise ParametersInvalid(
+            "latent_shape_q", None, "[t, h, w] of the queries with sparse_type='rf_v2'"
+        )
+    if not latent_k:
+        if q.shape[sequence] != k.shape[sequence]:
+            raise ParametersInvalid(
+                "latent_shape_k",
+                None,
+                "[t, h, w] of the keys, which are not as many as the queries",
+            )
+        latent_k = latent_q
+    return latent_q, latent_k
 
 
 def _check_latent(name: str, latent: object, length: int | None) -> None:

@@ -106,7 +106,8 @@ class Kept:
             return None
         for source, (reference, version, address) in zip(sources, entry.marks, strict=False):
             if (
-                reference() is not source
+                source is None
+                or reference() is not source
                 or source._version != version
                 or source.data_ptr() != address
             ):

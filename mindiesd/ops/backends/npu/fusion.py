@@ -149,7 +149,8 @@ def _launch(
     )
     if call.bias:
         # Without the kernel there would be no copies of strided tensors: they are made in sight.
-        arguments = tuple(tensor.contiguous() for tensor in arguments)
+        query_in, key_in, value_in = arguments
+        arguments = (query_in.contiguous(), key_in.contiguous(), value_in.contiguous())
     out: Tensor = getattr(torch.ops.npu, name)(
         *arguments, call.heads, layout, scale=scale, inner_precise=precise, **options
     )[0]

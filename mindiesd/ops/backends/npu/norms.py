@@ -104,7 +104,7 @@ def centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if rms_norm_refusal(x, series) is not None or weight.dtype is torch.float64:
         return native.centred_rms_norm(x, weight, eps)
     if weight.dtype is torch.float32:
-        if _swapped(x):
+        if x.dim() == 4 and not x.is_contiguous() and turned(x):
             return centred_rms_norm(x.transpose(1, 2), weight, eps).transpose(1, 2)
         if (
             x.dtype is torch.float32
@@ -128,7 +128,8 @@ def centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _in_order(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """:func:`rms_norm` of a tensor that is not contiguous, with the order of its memory kept."""
     rank = x.dim()
-    order = sorted(range(rank), key=lambda axis: -x.stride(axis))
+    strides = x.stride()
+    order = sorted(range(rank), key=lambda axis: -strides[axis])
     back = sorted(range(rank), key=lambda axis: order[axis])
     if order[-1] == rank - 1:
         return rms_norm(x.permute(order).contiguous(), weight, eps).permute(back)
