@@ -304,3 +304,14 @@ CASES = {
         ),
     )
 }
+
+
+def one_a_convention() -> list[str]:
+    """The first case of each: the others have the same replacement over a copy of the original."""
+    from mindiesd.patches.registry import select
+
+    seen: dict[str, str] = {}
+    for record in select("rope"):
+        if record.name in CASES:
+            seen.setdefault(record.build, record.name)
+    return [*seen.values()]

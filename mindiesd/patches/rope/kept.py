@@ -93,7 +93,7 @@ class Kept:
         """How many tables have something kept for them."""
         return len(self._entries)
 
-    def remembered(self, x: Any, sources: Any, facts: Any) -> Tables | str | None:
+    def remembered(self, x: Any, sources: Sources, facts: Any) -> Tables | str | None:
         """What :meth:`find` returned for the like of x and these very tables; None if it did not.
 
         This is what all layers but the first go through, so nothing is asked twice: an entry is
@@ -104,6 +104,7 @@ class Kept:
         entry = self._entries.get(id(sources[0]))
         if entry is None:
             return None
+        source: Any
         for source, (reference, version, address) in zip(sources, entry.marks, strict=False):
             if (
                 source is None
