@@ -309,15 +309,17 @@ def test_environment_variable():
                 native = model(**flux_inputs(model)).sample
         assert torch.equal(named, native)
         import transformers.modeling_utils as transformers
-        found = transformers.ALL_ATTENTION_FUNCTIONS["sdpa"]
-        assert found is transformers.sdpa_attention_forward
+        # In a list: names of this module would be rebound with the rest.
+        found = [transformers.ALL_ATTENTION_FUNCTIONS["sdpa"]]
+        from transformers.integrations import sdpa_attention
+        assert found[0] is sdpa_attention.sdpa_attention_forward
         report = {p.name: p for p in migration.report().patches}
         assert report["diffusers_dispatch"].redirected == 2
         for patch in report.values():
             if patch.family == "attention_backend":
                 assert patch.status == "applied", patch
         mindiesd.unpatch_all()
-        assert transformers.ALL_ATTENTION_FUNCTIONS["sdpa"] is not found
+        assert transformers.ALL_ATTENTION_FUNCTIONS["sdpa"] is not found[0]
         """,
         DIFFUSERS_ATTN_BACKEND="flash",
         DIFFUSERS_ATTN_CHECKS="1",
