@@ -106,11 +106,12 @@ class Kept:
             return None
         source: Any
         for source, (reference, version, address) in zip(sources, entry.marks, strict=False):
+            held = reference()
             if (
-                source is None
-                or reference() is not source
-                or source._version != version
-                or source.data_ptr() != address
+                held is None
+                or held is not source
+                or held._version != version
+                or held.data_ptr() != address
             ):
                 return None
         place = None
