@@ -89,6 +89,7 @@ class Settings(NamedTuple):
             "verify": self.verify,
             "strict": self.strict,
             "sparse": self.sparse or None,
+            "device": self.device,
         }
 
 

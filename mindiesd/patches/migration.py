@@ -8,6 +8,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from mindiesd.errors import ParametersInvalid, PatchError
+from mindiesd.patches.device import DEVICE
 from mindiesd.patches.engine import ENGINE
 from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.registry import select, words
@@ -30,6 +31,7 @@ class Options:
         verify: int,
         strict: bool,
         sparse: object = None,
+        device: bool = False,
     ) -> None:
         """Check the options.
 
@@ -42,6 +44,8 @@ class Options:
             raise ParametersInvalid("verify", verify, "an int that is not negative")
         if type(strict) is not bool:
             raise ParametersInvalid("strict", strict, "True or False")
+        if type(device) is not bool:
+            raise ParametersInvalid("device", device, "True or False")
         self.only = _tuple("only", only)
         self.skip = _tuple("skip", skip)
         self.numerics = numerics
@@ -55,6 +59,7 @@ class Options:
                 raise ParametersInvalid(
                     "sparse", "given without its patches", "None, or sdpa and sparse left selected"
                 )
+        self.device = device
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain data."""
@@ -65,6 +70,7 @@ class Options:
             "numerics": self.numerics,
             "verify": self.verify,
             "strict": self.strict,
+            "device": self.device,
             **asked,
         }
 
@@ -142,6 +148,8 @@ class Migration:
         if problems:
             ENGINE.release(self.options.patches)
             raise PatchError("cannot be applied: " + "; ".join(problems))
+        if self.options.device:
+            DEVICE.acquire()
 
     def _missed(self, skipped: dict[str, str]) -> dict[str, str]:
         """Of the skipped records, those that were asked for: a family is, where all of it was."""
@@ -160,6 +168,9 @@ class Migration:
         self._frozen = self._build()
         for place in ENGINE.release(self.options.patches):
             self.notes.append(f"not restored, somebody else replaced it: {place}")
+        if self.options.device:
+            lost = DEVICE.release()
+            self.notes += [f"not restored, somebody else replaced it: {place}" for place in lost]
         self._frozen.notes = list(dict.fromkeys(self._frozen.notes + self.notes))
 
     def forget_counts(self) -> None:
@@ -217,6 +228,8 @@ class Migration:
                     )
                 )
             notes = [*ENGINE.notes, *self.notes]
+            if self.options.device and DEVICE.note:
+                notes.append(DEVICE.note)
         return Report(
             patches=patches,
             options={**self.options.to_dict(), "scope": self.scope},

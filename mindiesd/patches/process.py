@@ -18,7 +18,9 @@ def patch_all(
     numerics: str = "faithful",
     verify: int = 0,
     strict: bool = False,
+    *,
     sparse: Any = None,
+    device: bool = False,
 ) -> Migration:
     """Redirect existing attention, normalisation and rotary calls in the whole process.
 
@@ -39,6 +41,9 @@ def patch_all(
         sparse: sparse attention for the long self-attentions of video models, an approximation:
             :class:`mindiesd.SparseOptions`, a mapping of its fields, or a text such as
             ``"rf_v2:0.75"``. ``None``: none.
+        device: let ``"cuda"`` mean the NPU where there is one and CUDA is not available, by
+            torch_npu's ``transfer_to_npu``. It changes some two hundred attributes of torch and
+            has side effects, which ``docs/device.md`` lists. ``unpatch_all`` puts all of them back.
 
     Returns:
         The migration, whose ``report()`` tells what was done.
@@ -48,7 +53,7 @@ def patch_all(
         PatchError: a patch that was asked for by name, or any under ``strict``, cannot be applied.
     """
     global _current
-    options = Options(only, skip, numerics, verify, strict, sparse)
+    options = Options(only, skip, numerics, verify, strict, sparse, device)
     with ENGINE.lock():
         if _current is not None:
             if _current.options == options:
