@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,18 @@ SOFTMAX = frozenset({"aten::_softmax", "aten::softmax.int", "aten::_safe_softmax
 PRODUCTS = frozenset({"aten::matmul", "aten::bmm", "aten::mm", "aten::baddbmm", "aten::addmm"})
 
 
-def kind_of_copy(tensor: Tensor) -> str:
+def kind_of_copy(tensor: Tensor, others: Sequence[Tensor] = ()) -> str:
     """Why a fused operator's argument is not contiguous.
 
-    ``"view"``: its memory is dense, in another order of dimensions. ``"repeat"``: it repeats memory
-    (stride 0). ``"slice"``: its rows lie apart in a larger tensor.
+    ``"view"``: its memory is dense, in another order of dimensions, and the call could have been
+    made in that order. ``"needed"``: dense likewise, but not innermost in its last dimension, or
+    in another order than the call's other tensors, of which one or the other has to be copied in
+    any layout. ``"repeat"``: it repeats memory (stride 0). ``"slice"``: its rows lie apart in a
+    larger tensor.
+
+    Args:
+        tensor: the argument.
+        others: the query, key and value of an attention, of which it is one.
     """
     strides = tensor.stride()
     if any(stride == 0 and size > 1 for stride, size in zip(strides, tensor.shape, strict=True)):
@@ -37,6 +44,10 @@ def kind_of_copy(tensor: Tensor) -> str:
         if stride != inside:
             return "slice"
         inside *= size
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        return "needed"
+    if tensor.dim() == 4 and not all(other.transpose(1, 2).is_contiguous() for other in others):
+        return "needed"
     return "view"
 
 
@@ -73,9 +84,10 @@ class Counts(Trace):
         """Count one kernel (called by the kernels)."""
         super().on_launch(name, inputs, outputs)
         if name.startswith("npu::"):
+            three = inputs[0][:3] if "attention" in name else ()
             for tensor in _tensors(inputs):
                 if tensor.device.type == "npu" and tensor.numel() and not tensor.is_contiguous():
-                    self.copies[kind_of_copy(tensor)] += 1
+                    self.copies[kind_of_copy(tensor, three)] += 1
         written = [tensor for tensor in _tensors(outputs) if tensor.numel()]
         if name in SOFTMAX and written:
             self.softmaxes["other"] += 1

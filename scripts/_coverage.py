@@ -30,6 +30,7 @@ class Run:
     softmax: int = 0
     other_softmax: int = 0
     views: int = 0
+    needed: int = 0
     slices: int = 0
     casts: int = 0
     read: int = 0
@@ -56,6 +57,7 @@ def measure(model: Any, tiny: Any, expected: Any) -> Run:
         softmax=counted.softmaxes["attention"],
         other_softmax=counted.softmaxes["other"],
         views=counted.copies["view"],
+        needed=counted.copies["needed"],
         slices=counted.copies["slice"] + counted.copies["repeat"],
         casts=counted.casts.total(),
         read=counted.bytes_read + counted.bytes_written,
@@ -164,10 +166,12 @@ def page(found: list[Row]) -> str:
         "with patches: what is made from parameters once is not in it.",
         "",
         "`softmax`: kernels whose result is multiplied with values, which is attention in pieces;",
-        "others, such as routers of a mixture of experts, are not in this column. `views` and",
-        "`slices` are arguments of fused kernels that are not contiguous, so that the vendor's",
-        "library copies them first: dense memory in another order of dimensions, and parts of a",
-        "larger tensor (one projection's q, k and v), whose row strides no layout can say.",
+        "others, such as routers of a mixture of experts, are not in this column. The next three are",
+        "arguments of fused kernels that are not contiguous, so that the vendor's library copies",
+        "them first. `views`: dense memory in an order in which the call could have been made.",
+        "`needed`: dense too, but innermost in another dimension, or query, key and value in",
+        "different orders, of which one has to be copied in any layout. `slices`: parts of a larger",
+        "tensor (one projection's q, k and v), whose row strides no layout can say.",
         "",
         f"Made by `.venv-npu/bin/python scripts/_coverage.py --write docs/coverage.md` with "
         f"{versions}.",
@@ -176,28 +180,30 @@ def page(found: list[Row]) -> str:
         f"- launches: {before} → {after}, {after / before:.1%} of unpatched",
         f"- models with more launches than unpatched: {', '.join(worse) or 'none'}",
         f"- softmax kernels of attention: {total('softmax')}; others: {total('other_softmax')}",
-        f"- hidden copies of views: {total('views')}; of slices: {total('slices')}",
+        f"- hidden copies that another layout would have saved: {total('views')}; needed in any layout: "
+        f"{total('needed')}; of slices: {total('slices')}",
         f"- dtype casts: {total('casts')}",
         f"- bytes read and written: {written / read:.1%} of unpatched",
         f"- model classes of diffusers without a configuration: {len(missing)}",
         "",
-        "| model | launches | % | softmax | views | slices | error unpatched | error | "
+        "| model | launches | % | softmax | views | needed | slices | error unpatched | error | "
         "redirected | fell back |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         reasons = "; ".join(f"{count} × {reason}" for reason, count in row.fell_back.items())
         if row.before.failed or row.after.failed:
             outcome = f"{row.before.failed or 'runs'} → {row.after.failed or 'runs'}"
             lines.append(
-                f"| {row.name} | {outcome} | | | | | | {row.after.error:.0e} | {row.redirected} | "
+                f"| {row.name} | {outcome} | | | | | | | {row.after.error:.0e} | {row.redirected} | "
                 f"{reasons} |"
             )
             continue
         b, a = row.before, row.after
         lines.append(
             f"| {row.name} | {b.launches} → {a.launches} | {a.launches / b.launches:.0%} | "
-            f"{b.softmax} → {a.softmax} | {b.views} → {a.views} | {b.slices} → {a.slices} | "
+            f"{b.softmax} → {a.softmax} | {b.views} → {a.views} | {b.needed} → {a.needed} | "
+            f"{b.slices} → {a.slices} | "
             f"{b.error:.0e} | {a.error:.0e} | {row.redirected} | {reasons} |"
         )
     lines += ["", "Not measured:", "", "| class | why |", "|---|---|"]

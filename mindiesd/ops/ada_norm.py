@@ -56,6 +56,7 @@ def layer_norm_scale_shift(
     eps: float,
     scale: Tensor,
     shift: Tensor,
+    fast: bool = False,
 ) -> Tensor:
     """The same of arguments known to be right; also for a modulation of its own per token.
 
@@ -66,11 +67,12 @@ def layer_norm_scale_shift(
         eps: added to the variance.
         scale: [B, 1, H] or [B, S, H].
         shift: [B, 1, H] or [B, S, H].
+        fast: whether half precision may be rounded on the way where that saves memory traffic.
 
     Returns:
         Shape and dtype of x.
     """
-    return backend_of(x).layer_norm_scale_shift(x, weight, bias, eps, scale, shift)
+    return backend_of(x).layer_norm_scale_shift(x, weight, bias, eps, scale, shift, fast)
 
 
 def _modulation(name: str, value: Tensor, x: Tensor) -> Tensor:

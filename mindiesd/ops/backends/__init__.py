@@ -79,8 +79,9 @@ class Backend(Protocol):
         eps: float,
         scale: Tensor,
         shift: Tensor,
+        fast: bool = False,
     ) -> Tensor:
-        """Layer norm, then ``* (1 + scale) + shift``, rounded at most as often as written."""
+        """Layer norm, then ``* (1 + scale) + shift``, rounded once, or, if ``fast``, more often."""
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
         """Rotary position embedding, rounded once."""

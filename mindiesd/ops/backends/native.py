@@ -199,6 +199,7 @@ def layer_norm_scale_shift(
     eps: float,
     scale: Tensor,
     shift: Tensor,
+    fast: bool = False,
 ) -> Tensor:
     """``layer_norm(x) * (1 + scale) + shift`` over the last dimension, rounded once, in x's dtype.
 
@@ -209,6 +210,7 @@ def layer_norm_scale_shift(
         eps: added to the variance.
         scale: [B, 1, H] or [B, S, H].
         shift: [B, 1, H] or [B, S, H].
+        fast: of no meaning here.
     """
     hidden = x.shape[-1]
     wide = _wide(x, weight, bias, scale, shift)

@@ -438,6 +438,11 @@ MODELS: dict[str, Tiny] = {
     "wan_i2v": Tiny(
         "WanTransformer3DModel",
         {**WAN, "attention_head_dim": 16, "image_dim": 4, "added_kv_proj_dim": 32},
-        lambda: {**wan(), "encoder_hidden_states_image": randn(1, 12, 4)},
+        # What exceeds 512 tokens is taken for those of the image.
+        lambda: {
+            **wan(),
+            "encoder_hidden_states": randn(1, 512, 16),
+            "encoder_hidden_states_image": randn(1, 12, 4),
+        },
     ),
 }

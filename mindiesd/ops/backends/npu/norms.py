@@ -50,15 +50,15 @@ def rms_norm_refusal(x: Tensor, series: str) -> str | None:
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, as_is: bool = False) -> Tensor:
     """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, rounded once, in x's dtype.
 
-    A norm written out in elementary operators keeps the order of memory, and code after it may
-    count on that (``view``), so the result has it too; the kernel gets contiguous tensors.
+    The kernel gets contiguous tensors. So is the result, but for the queries and keys of an
+    attention: transposed views stay that, so that attention gets all three in one order.
 
     Args:
         x: [..., H], any floating dtype.
         weight: [H], any floating dtype, or None for ones.
         eps: added to the mean square.
-        as_is: whether what is replaced hands x to this kernel with any strides, and gets a
-            contiguous result: then so do we, where the memory is not dense with H innermost.
+        as_is: whether what is replaced hands x to this kernel with any strides: then so do we,
+            where otherwise a copy would be a launch more.
     """
     series = soc.series()
     if rms_norm_refusal(x, series) is not None or (
@@ -70,10 +70,12 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, as_is: bool = False) 
         gain = None if weight is None else weight.to(full.dtype)
         return torch.rms_norm(full, (x.shape[-1],), gain, eps).to(x.dtype)
     if not x.is_contiguous():
-        if x.dim() == 4 and turned(x):
-            return rms_norm(x.transpose(1, 2), weight, eps).transpose(1, 2)
+        # Heads before tokens in [B, S, N, D] memory, or in a part of one projection's.
+        turn = x.dim() == 4 and x.stride(3) == 1 and x.stride(1) < x.stride(2)
+        if turn and (not as_is or turned(x)):
+            return rms_norm(x.transpose(1, 2).contiguous(), weight, eps).transpose(1, 2)
         if not as_is:
-            return _in_order(x, weight, eps)
+            x = x.contiguous()
     given = x[None] if x.dim() == 1 else x
     gamma = _ones(x) if weight is None else weight
     if gamma.dtype is not x.dtype and gamma.dtype is not torch.float32:
@@ -125,20 +127,6 @@ def centred_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return rms_norm(x, torch.add(weight, one), eps)
 
 
-def _in_order(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """:func:`rms_norm` of a tensor that is not contiguous, with the order of its memory kept."""
-    rank = x.dim()
-    strides = x.stride()
-    order = sorted(range(rank), key=lambda axis: -strides[axis])
-    back = sorted(range(rank), key=lambda axis: order[axis])
-    if order[-1] == rank - 1:
-        return rms_norm(x.permute(order).contiguous(), weight, eps).permute(back)
-    # The normalised dimension is not the innermost one. Two copies and the kernel are three
-    # launches of the five that it takes in pieces.
-    out = rms_norm(x.contiguous(), weight, eps)
-    return out.permute(order).contiguous().permute(back)
-
-
 def layer_norm(
     x: Tensor,
     normalized_shape: Sequence[int],
@@ -182,6 +170,7 @@ def layer_norm_scale_shift(
     eps: float,
     scale: Tensor,
     shift: Tensor,
+    fast: bool = False,
 ) -> Tensor:
     """``layer_norm(x) * (1 + scale) + shift`` over the last dimension, in x's dtype.
 
@@ -190,15 +179,16 @@ def layer_norm_scale_shift(
         (LN(x) * w + b) * (1 + s) + t  =  LN(x) * w(1 + s)  +  (b(1 + s) + t)
 
     so wherever s and t are the same for every token, which is B == 1 with [1, 1, H], one layer norm
-    with other parameters computes everything. In float32 that is rounded like the left side.
+    with other parameters computes everything. In real numbers that always holds. In floating point
+    it holds to float32's rounding as long as w(1 + s) and b(1 + s) + t are float32, and so is the
+    norm: no documentation says that its kernel takes half x with float32 parameters. Half x is
+    therefore widened, and the result rounded once: nothing that rounds on the way is closer to the
+    exact result at any element.
 
-    In half precision without a bias b, and with every tensor of x's dtype, the parameters are
-    rounded to that dtype: once for w(1 + s), t not at all, and once for the result. The left side
-    composed of half-precision kernels rounds the norm, 1 + s, the product and the sum, so by root
-    mean square this is never less accurate than what it stands for, in a third of the memory
-    traffic; single elements can be up to 1.4 times further off. With larger B the
-    norm and 1 + s are rounded and one ``addcmul`` finishes. Anything else goes through float32, as
-    :func:`mindiesd.ops.backends.native.layer_norm_scale_shift` does.
+    ``fast`` keeps half precision where every tensor has x's dtype and there is no bias b: the
+    parameters are then rounded to it. By root mean square that is as accurate as the composition of
+    half-precision kernels, which rounds the norm, 1 + s, the product and the sum, and at single
+    elements up to 2.5 times further off, in a third of the memory traffic.
 
     Args:
         x: [B, S, H].
@@ -207,11 +197,12 @@ def layer_norm_scale_shift(
         eps: added to the variance.
         scale: [B, 1, H] or [B, S, H].
         shift: [B, 1, H] or [B, S, H].
+        fast: whether half precision may be rounded on the way.
     """
     dtype, hidden = x.dtype, x.shape[-1]
     same = scale.dtype is dtype and shift.dtype is dtype
     same = same and (weight is None or weight.dtype is dtype)
-    if dtype not in _HALF or not same or bias is not None:
+    if not fast or dtype not in _HALF or not same or bias is not None:
         return native.layer_norm_scale_shift(x, weight, bias, eps, scale, shift)
     if scale.shape[:-1] == (1, 1) and shift.shape[:-1] == (1, 1):
         gain = (
