@@ -15,7 +15,7 @@ from types import MappingProxyType
 from mindiesd.errors import ParametersInvalid
 
 # One module per family of targets; each holds a tuple called RECORDS.
-FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope", "inline_rope", "modulation")
+FAMILIES = ("sdpa", "rms_norm", "layer_norm", "rope", "inline_rope", "modulation", "tables")
 
 
 @dataclass(frozen=True, kw_only=True)
