@@ -130,7 +130,6 @@ ALLEGRO = Tiny(
 
 _MODELS = (
     "flux",
-    "cogvideox15",
     "cogview4",
     "hidream",
     "hunyuan_video",

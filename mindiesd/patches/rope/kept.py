@@ -58,10 +58,12 @@ class _Entry:
         if len(sources) != len(self.marks):
             return False
         for source, (reference, version, address) in zip(sources, self.marks, strict=True):
+            held = reference()
             if (
-                reference() is not source
-                or source._version != version
-                or source.data_ptr() != address
+                held is None
+                or held is not source
+                or held._version != version
+                or held.data_ptr() != address
             ):
                 return False
         return True
@@ -104,7 +106,6 @@ class Kept:
         entry = self._entries.get(id(sources[0]))
         if entry is None:
             return None
-        source: Any
         for source, (reference, version, address) in zip(sources, entry.marks, strict=False):
             held = reference()
             if (
