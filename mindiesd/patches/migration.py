@@ -8,6 +8,7 @@ from typing import Any
 
 from mindiesd.errors import ParametersInvalid, PatchError
 from mindiesd.patches.engine import ENGINE
+from mindiesd.patches.front_doors.finder import FINDER
 from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.registry import select
 from mindiesd.patches.report import PatchReport, Report, versions
@@ -147,7 +148,7 @@ class Migration:
                         unreached=unreached.get(patch.name, []),
                     )
                 )
-            notes = [*ENGINE.notes, *self.notes]
+            notes = [*ENGINE.notes, *FINDER.notes(), *self.notes]
         return Report(
             patches=patches,
             options={**self.options.to_dict(), "scope": self.scope},
