@@ -141,3 +141,47 @@ def assert_close(result, oracle, extra=0.0):
     allowed = (1.0 if unit > 1e-5 else 32.0) * unit * max(1.0, largest) + extra
     mine = error(result, oracle)
     assert mine <= allowed, f"error {mine:.3e}, allowed {allowed:.3e}"
+
+
+def alibi(slopes, batch, heads, queries, keys):
+    """[B, N, Sq, Sk] float64 ALiBi bias of slopes [N] or [B, N], from the bottom right."""
+    slopes = slopes.double().expand(batch, heads)
+    distance = [[abs(i + keys - queries - j) for j in range(keys)] for i in range(queries)]
+    matrix = torch.tensor(distance, dtype=torch.float64).reshape(queries, keys)
+    return -slopes[:, :, None, None] * matrix
+
+
+def log_sum_exp(query, key, keep=None, bias=None, scale=None, softcap=0.0):
+    """[B, N, Sq] float64 log of the sum of the exponentials of the scores; -inf without a key."""
+    query, key = query.double(), key.double()
+    groups = query.shape[1] // key.shape[1]
+    key = key[:, [head // groups for head in range(query.shape[1])]]
+    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scores = torch.einsum("bnid,bnjd->bnij", query, key) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.double()
+    if keep is not None:
+        scores = torch.where(keep, scores, -math.inf)
+    if scores.shape[-1] == 0:
+        return torch.full(scores.shape[:3], -math.inf, dtype=torch.float64)
+    return torch.logsumexp(scores, -1)
+
+
+def rotary_half_tables(x, cos, sin, positions, interleaved):
+    """[B, S, N, D] with the first dimensions rotated, element by element of the definition.
+
+    ``cos`` and ``sin`` are [table, R / 2]; ``positions[b][s]`` is the row of a token.
+    """
+    out = x.double().clone()
+    half = cos.shape[1]
+    for b in range(x.shape[0]):
+        for s in range(x.shape[1]):
+            c, n = cos[positions[b][s]].double(), sin[positions[b][s]].double()
+            for d in range(half):
+                one, two = (2 * d, 2 * d + 1) if interleaved else (d, d + half)
+                a, e = x[b, s, :, one].double(), x[b, s, :, two].double()
+                out[b, s, :, one] = a * c[d] - e * n[d]
+                out[b, s, :, two] = e * c[d] + a * n[d]
+    return out

@@ -10,6 +10,7 @@ from typing import Any
 from mindiesd.errors import ParametersInvalid, PatchError
 from mindiesd.patches.device import DEVICE
 from mindiesd.patches.engine import ENGINE
+from mindiesd.patches.front_doors.finder import FINDER
 from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.registry import select, words
 from mindiesd.patches.report import PatchReport, Report, versions
@@ -227,7 +228,7 @@ class Migration:
                         sources=_sources(state.replaced),
                     )
                 )
-            notes = [*ENGINE.notes, *self.notes]
+            notes = [*ENGINE.notes, *FINDER.notes(), *self.notes]
             if self.options.device and DEVICE.note:
                 notes.append(DEVICE.note)
         return Report(

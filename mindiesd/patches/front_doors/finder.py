@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import FrameType, ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 Contents = Mapping[str, Mapping[str, Any]]
 
@@ -45,9 +45,10 @@ LIBRARIES = frozenset(
         "xformers",
     }
 )
-# Finders that ask the next finder on somebody's behalf, and the tracer that runs the import
-# statements of the code it traces.
-_MESSENGERS = ("wrapt", "_mindiesd_start", "mindiesd.patches.hooks", "torch._dynamo")
+# Finders that ask the next finder on somebody's behalf.
+_MESSENGERS = ("wrapt", "_mindiesd_start", "mindiesd.patches.hooks")
+# Dynamo runs the import statements of the code it traces.
+_TRACER = "torch._dynamo.symbolic_convert"
 _STDLIB = os.path.dirname(os.__file__) + os.sep
 _INSTALLED = (f"{os.sep}site-packages{os.sep}", f"{os.sep}dist-packages{os.sep}")
 _BOOTSTRAP = "<frozen importlib._bootstrap>"
@@ -102,6 +103,14 @@ class DoorFinder(MetaPathFinder):
         if not self._doors and self in sys.meta_path:
             sys.meta_path.remove(self)
 
+    def notes(self) -> list[str]:
+        """One remark for each import that got nothing though the user's own code would have."""
+        return [
+            f"{package} is provided to the code that is run, not to installed packages: {importer} "
+            "imported it in vain"
+            for package, importer in sorted(self.declined)
+        ]
+
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
@@ -112,10 +121,8 @@ class DoorFinder(MetaPathFinder):
             return None
         asker, loading = _asker(package)
         if asker is None or not _is_users(asker):
-            if asker is not None and loading:
-                root = str(asker.f_globals.get("__name__", "")).partition(".")[0]
-                if root not in LIBRARIES:
-                    self.declined.add((package, root))
+            if asker is not None and loading and asker.root not in LIBRARIES:
+                self.declined.add((package, asker.root))
             return None
         if not door.modules:
             door.modules.update(_modules(door.build()))
@@ -173,8 +180,25 @@ def _modules(contents: Contents) -> dict[str, ModuleType]:
     return made
 
 
-def _asker(package: str) -> tuple[FrameType | None, list[str]]:
-    """The frame whose code wants a module, and what of ``package`` is being imported on its behalf.
+class Asker(NamedTuple):
+    """The code that wants a module.
+
+    Attributes:
+        namespace: its globals.
+        file: where it was compiled from.
+    """
+
+    namespace: Mapping[str, Any]
+    file: str
+
+    @property
+    def root(self) -> str:
+        """The top-level package of its module."""
+        return str(self.namespace.get("__name__", "")).partition(".")[0]
+
+
+def _asker(package: str) -> tuple[Asker | None, list[str]]:
+    """The code that wants a module, and what of ``package`` is being imported on its behalf.
 
     Frames of the import system, the standard library and of other finders only pass the question
     on.
@@ -188,10 +212,14 @@ def _asker(package: str) -> tuple[FrameType | None, list[str]]:
                 name = frame.f_locals["name"]
                 if name.partition(".")[0] == package:
                     loading.append(name)
+        elif frame.f_globals.get("__name__") == _TRACER:
+            traced = frame.f_locals.get("self")
+            if hasattr(traced, "f_globals") and hasattr(traced, "f_code"):
+                return Asker(traced.f_globals, traced.f_code.co_filename), loading
         elif not _passes_on(frame, file):
-            break
+            return Asker(frame.f_globals, file), loading
         frame = frame.f_back
-    return frame, loading
+    return None, loading
 
 
 def _passes_on(frame: FrameType, file: str) -> bool:
@@ -203,12 +231,12 @@ def _passes_on(frame: FrameType, file: str) -> bool:
     return file.startswith(_STDLIB) and not any(part in file for part in _INSTALLED)
 
 
-def _is_users(frame: FrameType) -> bool:
-    """Whether the code of this frame is the user's own."""
-    root = str(frame.f_globals.get("__name__", "")).partition(".")[0]
+def _is_users(asker: Asker) -> bool:
+    """Whether this code is the user's own."""
+    root = asker.root
     if root in LIBRARIES:
         return False
-    files: list[object] = [frame.f_code.co_filename, frame.f_globals.get("__file__")]
+    files: list[object] = [asker.file, asker.namespace.get("__file__")]
     if root != "__main__":  # under python -m that is the tool, not the code it runs
         # Code made of text has no file, but the package it runs in has.
         files.append(getattr(sys.modules.get(root), "__file__", None))

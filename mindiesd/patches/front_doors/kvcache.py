@@ -242,11 +242,16 @@ def _rotated(
         missing = "rotary_cos" if cos is None else "rotary_sin"
         raise ParametersInvalid(missing, "None", "given, where the other of the two is")
     interleaved = checks.boolean("rotary_interleaved", interleaved)
+    counting = rules.left >= 0 or rules.right >= 0
+    checks.tensor("rotary_cos", cos, 2)
+    needed = max(filled) + max(k.shape[1], q.shape[1] if counting else 1)
+    if needed > cos.shape[0]:
+        raise ParametersInvalid("rotary_cos", checks.describe(cos), f"at least {needed} positions")
     offsets: Any = filled[0]
     if len(set(filled)) > 1:
         offsets = torch.tensor(filled, device=q.device)
     k = apply_rotary_emb(k, cos, sin, interleaved, seqlen_offsets=offsets)
-    if rules.left >= 0 or rules.right >= 0:
+    if counting:
         return apply_rotary_emb(q, cos, sin, interleaved, seqlen_offsets=offsets), k
     # All queries stand at the position of the first new key.
     batch, queries, heads, dim = q.shape

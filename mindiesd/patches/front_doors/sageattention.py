@@ -27,6 +27,7 @@ _site.arm()
 def count_at(site: Site) -> None:
     """Count the calls at this site from now on."""
     global _site
+    site.arm()
     _site = site
 
 
