@@ -177,6 +177,29 @@ def call_rows() -> list[Row]:
     return rows
 
 
+def layer_rows() -> list[Row]:
+    """The layer functions called directly, in every mode."""
+    import torch
+
+    from mindiesd.ops.backends import native
+    from scripts import _layer_calls
+
+    torch.set_num_threads(1)
+
+    def nothing(*args: object, **kwargs: object) -> None:
+        return None
+
+    real = {name: getattr(native, name) for name in _layer_calls.KERNELS}
+    with torch.no_grad():
+        for name in real:
+            setattr(native, name, nothing)
+        try:
+            return added(_layer_calls.cases(nothing))
+        finally:
+            for name, kernel in real.items():
+                setattr(native, name, kernel)
+
+
 def milliseconds(command: list[str]) -> float:
     begin = time.perf_counter()
     subprocess.run(command, check=True, capture_output=True, cwd=tempfile.gettempdir())
@@ -278,7 +301,7 @@ def main() -> None:
     parser.add_argument("--write", type=Path, help="also write the page to this file")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved whole-program runs")
     options = parser.parse_args()
-    rows = call_rows() + start_rows(options.rounds) + pipeline_rows(options.rounds)
+    rows = call_rows() + layer_rows() + start_rows(options.rounds) + pipeline_rows(options.rounds)
     import torch
 
     page = f"""# Host overhead

@@ -7,6 +7,8 @@ Source: Peebles and Xie, *Scalable Diffusion Models with Transformers* (arXiv 22
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -37,6 +39,15 @@ def layernorm_scale_shift(
     Raises:
         ParametersInvalid: an argument is wrong.
     """
+    if fused is True and type(layernorm) is nn.LayerNorm:
+        weight = layernorm.weight
+        usual = _usual(layernorm.normalized_shape, weight, x, scale, shift)
+        if usual is not None:
+            backend = native if x.is_cpu else backend_of(x)
+            return backend.layer_norm_scale_shift(
+                x, weight, layernorm.bias, layernorm.eps, usual[0], usual[1]
+            )
+    # Slower, and exact about what is wrong; it may also find that nothing is.
     check_layer_norm("layernorm", layernorm, x)
     if len(layernorm.normalized_shape) != 1:
         shown = f"normalized_shape {list(layernorm.normalized_shape)}"
@@ -47,6 +58,41 @@ def layernorm_scale_shift(
     return backend.layer_norm_scale_shift(
         x, layernorm.weight, layernorm.bias, layernorm.eps, scale, shift
     )
+
+
+_FLOATING = frozenset(checks.FLOATING)
+_STRIDED = torch.strided
+
+
+def _usual(
+    normalized_shape: tuple[int, ...], weight: Tensor | None, x: Any, scale: Any, shift: Any
+) -> tuple[Tensor, Tensor] | None:
+    """Scale and shift as [B, 1, H] where the call is as it usually is; else None."""
+    if not (isinstance(x, Tensor) and isinstance(scale, Tensor) and isinstance(shift, Tensor)):
+        return None
+    if x.layout is not _STRIDED or x.is_nested or scale.is_nested or shift.is_nested:
+        return None
+    shape, scales, shifts = x.shape, scale.shape, shift.shape
+    if len(shape) != 3 or normalized_shape != (shape[2],):
+        return None
+    if not (x.dtype in _FLOATING and scale.dtype in _FLOATING and shift.dtype in _FLOATING):
+        return None
+    if not (x.is_cpu and scale.is_cpu and shift.is_cpu and (weight is None or weight.is_cpu)):
+        device = x.device
+        if scale.device != device or shift.device != device:
+            return None
+        if weight is not None and weight.device != device:
+            return None
+    flat, spread = (shape[0], shape[2]), (shape[0], 1, shape[2])
+    if scales == flat:
+        scale = scale.unsqueeze(1)
+    elif scales != spread:
+        return None
+    if shifts == flat:
+        shift = shift.unsqueeze(1)
+    elif shifts != spread:
+        return None
+    return scale, shift
 
 
 def layer_norm_scale_shift(

@@ -244,7 +244,9 @@ def _extras(
     if unknown:
         allowed = "opt_mode, op_type, layout, is_causal, enable_gqa, window_size"
         raise ParametersInvalid(next(iter(unknown)), "an unknown keyword argument", allowed)
-    kernel = requested(opt_mode, op_type, layout)
+    kernel = None
+    if opt_mode != "runtime" or op_type != "fused_attn_score" or layout != "BNSD":
+        kernel = requested(opt_mode, op_type, layout)
     if is_causal is not False:
         checks.boolean("is_causal", is_causal)
     if enable_gqa is not None:

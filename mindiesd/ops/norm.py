@@ -55,19 +55,42 @@ class RMSNorm(nn.Module):
         Raises:
             ParametersInvalid: an argument is wrong.
         """
+        weight = self.weight
+        if if_fused is True and fits(hidden_states, weight):
+            if hidden_states.is_cpu:
+                return native.rms_norm(hidden_states, weight, self.variance_epsilon)
+            return rms_norm(hidden_states, weight, self.variance_epsilon)
+        # Slower, and exact about what is wrong; it may also find that nothing is.
         checks.tensor("hidden_states", hidden_states, tuple(range(2, 9)))
         checks.boolean("if_fused", if_fused)
-        hidden = self.weight.shape[0]
+        hidden = weight.shape[0]
         if hidden_states.shape[-1] != hidden:
             shown = checks.describe(hidden_states)
             raise ParametersInvalid("hidden_states", shown, f"a last dimension of {hidden}")
-        checks.same_device("hidden_states", hidden_states, "weight", self.weight)
+        checks.same_device("hidden_states", hidden_states, "weight", weight)
         norm = rms_norm if if_fused else native.rms_norm
-        return norm(hidden_states, self.weight, self.variance_epsilon)
+        return norm(hidden_states, weight, self.variance_epsilon)
 
     def extra_repr(self) -> str:
         """The arguments, as in other modules' repr."""
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
+
+
+_FLOATING = frozenset(checks.FLOATING)
+_STRIDED = torch.strided
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether x is as it usually is: a dense tensor, floating, on the device of the weight [H]."""
+    if not isinstance(x, Tensor) or x.is_nested or x.layout is not _STRIDED:
+        return False
+    shape = x.shape
+    return (
+        2 <= len(shape) <= 8
+        and shape[-1] == weight.shape[0]
+        and x.dtype in _FLOATING
+        and ((x.is_cpu and weight.is_cpu) or x.device == weight.device)
+    )
 
 
 def fast_layernorm(norm: nn.LayerNorm, x: Tensor, impl_mode: int = 0, fused: bool = True) -> Tensor:
@@ -86,6 +109,18 @@ def fast_layernorm(norm: nn.LayerNorm, x: Tensor, impl_mode: int = 0, fused: boo
     Raises:
         ParametersInvalid: an argument is wrong.
     """
+    if fused is True and type(impl_mode) is int and 0 <= impl_mode <= 1:
+        weight = getattr(norm, "weight", None)
+        if (
+            type(norm) is nn.LayerNorm
+            and weight is not None
+            and weight.dim() == 1
+            and fits(x, weight)
+            and x.dim() == 3
+        ):
+            backend = native if x.is_cpu else backend_of(x)
+            return backend.layer_norm(x, norm.normalized_shape, weight, norm.bias, norm.eps)
+    # Slower, and exact about what is wrong; it may also find that nothing is.
     check_layer_norm("norm", norm, x)
     checks.choice("impl_mode", impl_mode, (0, 1, 2))
     checks.boolean("fused", fused)

@@ -9,6 +9,8 @@ as ``diffusers.models.embeddings.apply_rotary_emb`` with real tables.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from mindiesd.errors import ParametersInvalid
@@ -45,6 +47,64 @@ def rotary_position_embedding(
     Raises:
         ParametersInvalid: an argument is wrong.
     """
+    interleaved = rotated_mode == "rotated_interleaved"
+    try:
+        if (
+            fused is not True
+            or (head_first is not True and head_first is not False)
+            or not (interleaved or rotated_mode == "rotated_half")
+            or not _fit(x, cos, sin, head_first)
+        ):
+            # Slower, and exact about what is wrong; it may also find that nothing is.
+            cos, sin = _checked(x, cos, sin, rotated_mode, head_first, fused)
+        elif not head_first and cos.dim() == 2:
+            cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+        if x.is_cpu or not fused:
+            return native.rotate(x, cos, sin, interleaved)
+        return backend_of(x).rotate(x, cos, sin, interleaved)
+    except RuntimeError:
+        # Sparse tensors only show when touched.
+        _checked(x, cos, sin, rotated_mode, head_first, fused)
+        raise
+
+
+_FLOATING = frozenset(checks.FLOATING)
+
+
+def _fit(x: Any, cos: Any, sin: Any, head_first: bool) -> bool:
+    """Whether the tensors of a call are as they usually are, which is nearly always enough."""
+    if not (isinstance(x, Tensor) and isinstance(cos, Tensor) and isinstance(sin, Tensor)):
+        return False
+    if x.is_nested or cos.is_nested or sin.is_nested:
+        return False
+    shape, table = x.shape, cos.shape
+    if len(shape) != 4 or shape[3] % 2 or sin.shape != table:
+        return False
+    if not (x.dtype in _FLOATING and cos.dtype in _FLOATING and sin.dtype in _FLOATING):
+        return False
+    if x.is_cpu:
+        if not (cos.is_cpu and sin.is_cpu):
+            return False
+    else:
+        device = x.device
+        if cos.device != device or sin.device != device:
+            return False
+    first, second, third, dim = shape
+    if len(table) == 2:
+        return table[1] == dim and table[0] == (third if head_first else second)
+    return (
+        len(table) == 4
+        and table[3] == dim
+        and (table[0] == 1 or table[0] == first)
+        and (table[1] == 1 or table[1] == second)
+        and (table[2] == 1 or table[2] == third)
+    )
+
+
+def _checked(
+    x: Tensor, cos: Tensor, sin: Tensor, rotated_mode: str, head_first: bool, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """Every rule of a call, each with its own message; the tables in four dimensions."""
     checks.tensor("x", x, 4)
     checks.choice("rotated_mode", rotated_mode, MODES)
     checks.boolean("head_first", head_first)
@@ -54,10 +114,7 @@ def rotary_position_embedding(
     tables = _table("cos", cos, x, head_first), _table("sin", sin, x, head_first)
     if cos.shape != sin.shape:
         raise ParametersInvalid("sin", checks.describe(sin), f"the shape of cos, {[*cos.shape]}")
-    interleaved = rotated_mode == "rotated_interleaved"
-    if not fused:
-        return native.rotate(x, *tables, interleaved)
-    return rotate(x, *tables, interleaved)
+    return tables
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:

@@ -1,0 +1,263 @@
+"""Sparse attention on the CPU: time and memory against dense SDPA, and quality against chance.
+
+Dense and sparse calls alternate in one process on the same tensors, with two threads. Two ratios
+are given: of the smallest wall times, and of the smallest processor times, which other work on the
+machine disturbs less. Estimating the blocks and rearranging the tokens are part of every call.
+
+    python scripts/bench_sparse.py [--quick] [--write docs/sparse_benchmark.md]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+THREADS = 2
+DIM = 128
+LATENTS = {4096: (4, 32, 32), 8192: (8, 32, 32), 16384: (16, 32, 32)}
+SHARES = (0.5, 0.75, 0.9)
+TYPES = ("rf_v2", "ada_bsa")
+
+
+def tensors(length: int, heads: int, dtype: str):
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    kind = getattr(torch, dtype)
+    return [torch.randn(1, heads, length, DIM, generator=generator).to(kind) for _ in range(3)]
+
+
+def calls(length: int, heads: int, dtype: str) -> dict[str, Callable[[], object]]:
+    import torch
+
+    import mindiesd
+
+    q, k, v = tensors(length, heads, dtype)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    found: dict[str, Callable[[], object]] = {"dense": lambda: sdpa(q, k, v)}
+    for kind in TYPES:
+        for share in SHARES:
+            found[f"{kind} {share}"] = lambda kind=kind, share=share: mindiesd.sparse_attention(
+                q, k, v, sparse_type=kind, sparsity=share, latent_shape_q=LATENTS[length]
+            )
+    return found
+
+
+def speed(length: int, heads: int, dtype: str, rounds: int) -> list[list[str]]:
+    import torch
+
+    torch.set_num_threads(THREADS)
+    best: dict[str, list[float]] = {}
+    with torch.inference_mode():
+        every = calls(length, heads, dtype)
+        for name, call in every.items():
+            call()
+            best[name] = [float("inf"), float("inf")]
+        for _ in range(rounds):
+            for name, call in every.items():
+                wall, spent = time.perf_counter(), time.process_time()
+                call()
+                wall, spent = time.perf_counter() - wall, time.process_time() - spent
+                best[name] = [min(best[name][0], wall), min(best[name][1], spent)]
+    rows = []
+    for kind in TYPES:
+        for share in SHARES:
+            goal = 0.8 / (1 - share)
+            by_wall, by_cpu = (
+                best["dense"][which] / best[f"{kind} {share}"][which] for which in (0, 1)
+            )
+            rows.append(
+                [
+                    str(length),
+                    str(heads),
+                    dtype,
+                    kind,
+                    f"{share:g}",
+                    f"{best['dense'][0] * 1e3:.0f} ms",
+                    f"{best[f'{kind} {share}'][0] * 1e3:.0f} ms",
+                    f"{by_wall:.2f} ×",
+                    f"{by_cpu:.2f} ×",
+                    f"{goal:.1f} ×",
+                    "yes" if by_wall >= goal else "**no**",
+                ]
+            )
+    return rows
+
+
+_CHILD = """
+import resource, sys, torch
+sys.path.insert(0, {root!r})
+from scripts import bench_sparse as bench
+torch.set_num_threads(bench.THREADS)
+
+def resident():
+    for line in open("/proc/self/status"):
+        if line.startswith("VmRSS"):
+            return int(line.split()[1])
+
+with torch.inference_mode():
+    # Libraries, threads and their stacks are not what is asked for.
+    warm = bench.calls(4096, 1, {dtype!r})
+    for _ in range(2):
+        warm[{name!r}]()
+    del warm
+    before = resident()
+    every = bench.calls({length}, {heads}, {dtype!r})
+    every[{name!r}]()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def peak(length: int, heads: int, dtype: str, name: str) -> float:
+    """MiB that a process grows by when it makes the tensors and calls once."""
+    code = _CHILD.format(root=str(ROOT), length=length, heads=heads, dtype=dtype, name=name)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    return int(done.stdout.split()[-1]) / 1024
+
+
+def memory(length: int, heads: int, dtype: str) -> list[list[str]]:
+    dense = peak(length, heads, dtype, "dense")
+    rows = []
+    for kind in TYPES:
+        for share in (SHARES[0], SHARES[-1]):
+            sparse = peak(length, heads, dtype, f"{kind} {share}")
+            rows.append(
+                [
+                    str(length),
+                    str(heads),
+                    dtype,
+                    kind,
+                    f"{share:g}",
+                    f"{dense:.1f} MiB",
+                    f"{sparse:.1f} MiB",
+                    f"{sparse / dense:.3f} ×",
+                    "yes" if sparse <= 1.1 * dense else "**no**",
+                ]
+            )
+    return rows
+
+
+def quality() -> list[list[str]]:
+    """Relative error of the output on attention that is local, with sinks: docs/sparse.md."""
+    import torch
+
+    import mindiesd
+    from mindiesd.ops.sparse import kernel
+    from mindiesd.ops.sparse.rearrange import sequence_order
+    from mindiesd.ops.sparse.selection import Selection, blocks_of, kept, largest
+    from tests.video import local_video
+
+    torch.set_num_threads(THREADS)
+    latent = (6, 32, 32)
+    q, k, v = local_video(latent, 2, 64)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    order = sequence_order(latent, 0, False, q.device)
+    rows = []
+    for share in (0.25, 0.5, 0.75, 0.8, 0.9, 0.95):
+        blocks = blocks_of(q.shape[2])
+        dice = torch.rand(1, 2, blocks, blocks, generator=torch.Generator().manual_seed(0))
+        chance = Selection(largest(dice, kept(blocks, share)), order, order)
+        results = [
+            mindiesd.sparse_attention(
+                q, k, v, sparse_type=kind, sparsity=share, latent_shape_q=latent
+            )
+            for kind in TYPES
+        ]
+        results.append(kernel.over_blocks(q, k, v, chance, q.shape[-1] ** -0.5))
+        errors = [((out - dense).norm() / dense.norm()).item() for out in results]
+        rows.append([f"{share:g}", *(f"{error:.3f}" for error in errors)])
+    return rows
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", type=Path, help="also write the page to this file")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
+    parser.add_argument("--quick", action="store_true", help="one shape only")
+    options = parser.parse_args()
+    shapes = [
+        (length, heads, dtype)
+        for dtype in ("float32", "bfloat16")
+        for length, heads in ((8192, 2), (8192, 8), (16384, 2))
+    ]
+    if options.quick:
+        shapes = shapes[:1]
+    times, sizes = [], []
+    for shape in shapes:
+        times += speed(*shape, options.rounds)
+        print(table(["S"] * 11, times[-6:]), flush=True)
+        sizes += memory(*shape)
+        print(table(["S"] * 9, sizes[-4:]), flush=True)
+    import torch
+
+    page = f"""# Sparse attention, measured
+
+Made by `python scripts/bench_sparse.py --write docs/sparse_benchmark.md` on {
+        datetime.date.today().isoformat()
+    }
+({platform.machine()}, {os.cpu_count()} cores, {THREADS} threads, torch {torch.__version__}, load {
+        os.getloadavg()[0]:.1f} when it ended).
+Head dimension {DIM}, batch 1. Time ratios are of minima over {options.rounds} interleaved rounds.
+
+## Time
+
+{
+        table(
+            [
+                "S",
+                "heads",
+                "dtype",
+                "strategy",
+                "sparsity",
+                "dense",
+                "sparse",
+                "wall",
+                "processor",
+                "goal (wall)",
+                "met",
+            ],
+            times,
+        )
+    }
+
+## Memory
+
+What a process grows by for the tensors, the result and everything in between.
+
+{
+        table(
+            ["S", "heads", "dtype", "strategy", "sparsity", "dense", "sparse", "ratio", "≤ 1.1"],
+            sizes,
+        )
+    }
+
+## Quality
+
+Relative error of the output against dense attention, on queries and keys whose attention is local
+in t, h and w, with a few sinks (`tests/video.py`); the values are independent noise, so nothing is
+gained from neighbours being alike. "Random" keeps as many blocks of the same tokens.
+
+{table(["sparsity", *TYPES, "random"], quality())}
+"""
+    print(page)
+    if options.write:
+        options.write.write_text(page)
+
+
+if __name__ == "__main__":
+    main()
