@@ -15,6 +15,7 @@ import wrapt
 
 from mindiesd.bootstrap.settings import Settings
 from mindiesd.patches import Migration, patch_all
+from mindiesd.patches.device import DEVICE
 from mindiesd.patches.process import current_migration
 from mindiesd.patches.report import Report, versions
 
@@ -48,6 +49,8 @@ class Attached:
         if me.run != "unpatched":
             # A script that called patch_all before it imported torch has decided.
             self._migration = current_migration() or patch_all(**self._options)
+        elif settings.device:
+            DEVICE.acquire()  # what the program calls its device is no matter of patches
         self._ticket = _ticket()
         wrapt.register_post_import_hook(lambda _: self.expect_counts(), "torch")
 
@@ -73,6 +76,8 @@ class Attached:
             report.torch_imported = "torch" in sys.modules
             if migration is not None:
                 report.notes.append(OWN_PATCHES)
+            if self._options["device"] and DEVICE.note:
+                report.notes.append(DEVICE.note)
         else:
             report = replace(migration.report())
         if self.trace is not None:

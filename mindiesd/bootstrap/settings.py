@@ -85,6 +85,7 @@ class Settings(NamedTuple):
             "numerics": self.numerics,
             "verify": self.verify,
             "strict": self.strict,
+            "device": self.device,
         }
 
 

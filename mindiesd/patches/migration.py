@@ -8,6 +8,7 @@ from types import CodeType, FunctionType
 from typing import Any
 
 from mindiesd.errors import ParametersInvalid, PatchError
+from mindiesd.patches.device import DEVICE
 from mindiesd.patches.engine import ENGINE
 from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.registry import select
@@ -27,6 +28,7 @@ class Options:
         numerics: str,
         verify: int,
         strict: bool,
+        device: bool = False,
     ) -> None:
         """Check the options.
 
@@ -39,11 +41,14 @@ class Options:
             raise ParametersInvalid("verify", verify, "0; verification is not available yet")
         if type(strict) is not bool:
             raise ParametersInvalid("strict", strict, "True or False")
+        if type(device) is not bool:
+            raise ParametersInvalid("device", device, "True or False")
         self.only = _tuple("only", only)
         self.skip = _tuple("skip", skip)
         self.numerics = numerics
         self.verify = verify
         self.strict = strict
+        self.device = device
         self.patches = select(self.only, self.skip)
 
     def to_dict(self) -> dict[str, Any]:
@@ -54,6 +59,7 @@ class Options:
             "numerics": self.numerics,
             "verify": self.verify,
             "strict": self.strict,
+            "device": self.device,
         }
 
     def __eq__(self, other: object) -> bool:
@@ -129,12 +135,17 @@ class Migration:
         if problems:
             ENGINE.release(self.options.patches)
             raise PatchError("cannot be applied: " + "; ".join(problems))
+        if self.options.device:
+            DEVICE.acquire()
 
     def uninstall(self) -> None:
         """Undo the selected records; the report keeps the last state."""
         self._frozen = self._build()
         for place in ENGINE.release(self.options.patches):
             self.notes.append(f"not restored, somebody else replaced it: {place}")
+        if self.options.device:
+            lost = DEVICE.release()
+            self.notes += [f"not restored, somebody else replaced it: {place}" for place in lost]
         self._frozen.notes = list(dict.fromkeys(self._frozen.notes + self.notes))
 
     def forget_counts(self) -> None:
@@ -173,6 +184,8 @@ class Migration:
                     )
                 )
             notes = [*ENGINE.notes, *self.notes]
+            if self.options.device and DEVICE.note:
+                notes.append(DEVICE.note)
         return Report(
             patches=patches,
             options={**self.options.to_dict(), "scope": self.scope},

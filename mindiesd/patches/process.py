@@ -16,6 +16,8 @@ def patch_all(
     numerics: str = "faithful",
     verify: int = 0,
     strict: bool = False,
+    *,
+    device: bool = False,
 ) -> Migration:
     """Redirect existing attention, normalisation and rotary calls in the whole process.
 
@@ -31,6 +33,9 @@ def patch_all(
             ``"fast"``: may round where the original kept float32.
         verify: reserved; must be 0.
         strict: raise when any selected patch cannot be applied.
+        device: let ``"cuda"`` mean the NPU where there is one and CUDA is not available, by
+            torch_npu's ``transfer_to_npu``. It changes some two hundred attributes of torch and
+            has side effects, which ``docs/device.md`` lists. ``unpatch_all`` puts all of them back.
 
     Returns:
         The migration, whose ``report()`` tells what was done.
@@ -40,7 +45,7 @@ def patch_all(
         PatchError: a patch that was asked for by name, or any under ``strict``, cannot be applied.
     """
     global _current
-    options = Options(only, skip, numerics, verify, strict)
+    options = Options(only, skip, numerics, verify, strict, device)
     with ENGINE.lock():
         if _current is not None:
             if _current.options == options:
