@@ -30,6 +30,7 @@ from typing import Any
 import wrapt
 
 from mindiesd.patches import sweep
+from mindiesd.patches.engine import _compiled_anything
 from mindiesd.patches.hooks import is_initializing
 from mindiesd.patches.snapshot import ABSENT, Change, Snapshot
 
@@ -307,7 +308,8 @@ def _made_here(value: Any) -> bool:
 
 
 def _reset_dynamo() -> None:
-    if "torch._dynamo.convert_frame" in sys.modules:
+    """Drop what was compiled: it calls the functions that were there then."""
+    if _compiled_anything():
         import torch
 
         torch.compiler.reset()
