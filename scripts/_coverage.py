@@ -166,12 +166,12 @@ def page(found: list[Row]) -> str:
         "with patches: what is made from parameters once is not in it.",
         "",
         "`softmax`: kernels whose result is multiplied with values, which is attention in pieces;",
-        "others, such as routers of a mixture of experts, are not in this column. The next three are",
-        "arguments of fused kernels that are not contiguous, so that the vendor's library copies",
-        "them first. `views`: dense memory in an order in which the call could have been made.",
+        "others, such as routers of a mixture of experts, are not in this column. The next three",
+        "are arguments of fused kernels that are not contiguous: the vendor's library copies them",
+        "first. `views`: dense memory in an order in which the call could have been made.",
         "`needed`: dense too, but innermost in another dimension, or query, key and value in",
-        "different orders, of which one has to be copied in any layout. `slices`: parts of a larger",
-        "tensor (one projection's q, k and v), whose row strides no layout can say.",
+        "different orders, of which one has to be copied in any layout. `slices`: parts of a",
+        "larger tensor (one projection's q, k and v), whose row strides no layout can say.",
         "",
         f"Made by `.venv-npu/bin/python scripts/_coverage.py --write docs/coverage.md` with "
         f"{versions}.",
@@ -180,8 +180,8 @@ def page(found: list[Row]) -> str:
         f"- launches: {before} → {after}, {after / before:.1%} of unpatched",
         f"- models with more launches than unpatched: {', '.join(worse) or 'none'}",
         f"- softmax kernels of attention: {total('softmax')}; others: {total('other_softmax')}",
-        f"- hidden copies that another layout would have saved: {total('views')}; needed in any layout: "
-        f"{total('needed')}; of slices: {total('slices')}",
+        f"- hidden copies that another layout would have saved: {total('views')}",
+        f"- hidden copies needed in any layout: {total('needed')}; of slices: {total('slices')}",
         f"- dtype casts: {total('casts')}",
         f"- bytes read and written: {written / read:.1%} of unpatched",
         f"- model classes of diffusers without a configuration: {len(missing)}",
@@ -195,8 +195,8 @@ def page(found: list[Row]) -> str:
         if row.before.failed or row.after.failed:
             outcome = f"{row.before.failed or 'runs'} → {row.after.failed or 'runs'}"
             lines.append(
-                f"| {row.name} | {outcome} | | | | | | | {row.after.error:.0e} | {row.redirected} | "
-                f"{reasons} |"
+                f"| {row.name} | {outcome} | | | | | | | {row.after.error:.0e} | "
+                f"{row.redirected} | {reasons} |"
             )
             continue
         b, a = row.before, row.after

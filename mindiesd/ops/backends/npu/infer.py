@@ -75,7 +75,8 @@ def launch(
     out: Tensor = torch.ops.npu.npu_fused_infer_attention_score(
         *tensors,
         num_heads=call.heads,
-        num_key_value_heads=call.kv_heads,
+        # 0 says as many as heads.
+        num_key_value_heads=0 if call.kv_heads == call.heads else call.kv_heads,
         scale=call.scale,
         input_layout=layout,
         inner_precise=precise,

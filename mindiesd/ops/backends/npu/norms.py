@@ -82,7 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float, as_is: bool = False) 
         gamma = gamma.float()
     if gamma.dtype is not x.dtype and (series == soc.I310P or x.dtype not in _HALF):
         given = given.float()
-    out: Tensor = torch.ops.npu.npu_rms_norm(given, gamma, eps)[0]
+    out: Tensor = torch.ops.npu.npu_rms_norm(given, gamma.contiguous(), eps)[0]
     if out.dtype is not x.dtype:
         out = out.to(x.dtype)
     return out[0] if x.dim() == 1 else out

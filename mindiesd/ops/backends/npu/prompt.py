@@ -86,7 +86,8 @@ def launch(
     out: Tensor = torch.ops.npu.npu_prompt_flash_attention(
         *tensors,
         num_heads=call.heads,
-        num_key_value_heads=kv_heads,
+        # 0 says as many as heads, which is all that the 310P knows.
+        num_key_value_heads=0 if kv_heads == call.heads else kv_heads,
         scale_value=call.scale,
         input_layout=layout,
         **options,
