@@ -26,6 +26,7 @@ FAMILIES = (
     "activation",
     "rope",
     "inline_rope",
+    "tables",
 )
 
 

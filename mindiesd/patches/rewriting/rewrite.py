@@ -11,13 +11,13 @@ from importlib import import_module
 from typing import Any
 
 from mindiesd.patches.rewriting import pattern
-from mindiesd.patches.rewriting.rules import Expression, Nested
+from mindiesd.patches.rewriting.rules import Expression, Nested, Whole
 from mindiesd.patches.rewriting.source import Source, SourceUnknown, read
 from mindiesd.patches.scope import Site
 
 # One underscore: two would be mangled inside a class.
 _NAME = "_mindiesd_{}"
-Kind = Expression | Nested
+Kind = Expression | Nested | Whole
 
 
 def rewrite(
@@ -40,6 +40,10 @@ def rewrite(
     outlined = _Outlined(source, site)
     tree = source.tree
     for kind, expected in counts.items():
+        if isinstance(kind, Whole):
+            if pattern.fingerprint(tree) not in kind.prints:
+                raise SourceUnknown(f"{kind.name}: another source than the known")
+            return _decorated(function, inner, _built(kind, inner, site))
         found = (
             _nested(tree, kind, outlined)
             if isinstance(kind, Nested)
@@ -102,6 +106,11 @@ def _decorated(
     return again
 
 
+def _built(kind: Kind, original: types.FunctionType, site: Site) -> Any:
+    module, _, name = kind.build.partition(":")
+    return getattr(import_module(module), name)(original, site)
+
+
 class _Outlined:
     """The functions that were made of parts of one function, and their replacements by name."""
 
@@ -125,10 +134,8 @@ class _Outlined:
         arguments = definition.args
         if arguments.defaults or arguments.kw_defaults:
             raise SourceUnknown(f"{kind.name} has default values")
-        module, _, name = kind.build.partition(":")
-        build = getattr(import_module(module), name)
         local = _NAME.format(len(self.replacements))
-        self.replacements[local] = build(original, self._site)
+        self.replacements[local] = _built(kind, original, self._site)
         return local
 
 

@@ -51,6 +51,22 @@ class Nested:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Whole:
+    """A function that is redirected as a whole, if its source is a known one.
+
+    Attributes:
+        name: of the kind.
+        prints: fingerprints (:func:`.pattern.fingerprint`) of the definitions that are known.
+        build: ``"module:function"``, called with the original and a ``Site``; returns the
+            replacement.
+    """
+
+    name: str
+    prints: tuple[str, ...]
+    build: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rewrite:
     """One function and what is redirected inside it.
 
@@ -63,4 +79,6 @@ class Rewrite:
 
     module: str
     qualname: str
-    counts: Mapping[Expression | Nested, int] = field(default_factory=lambda: MappingProxyType({}))
+    counts: Mapping[Expression | Nested | Whole, int] = field(
+        default_factory=lambda: MappingProxyType({})
+    )

@@ -1,0 +1,173 @@
+"""Results of pure functions of tensors, kept while those tensors live and are not written to.
+
+A sampler hands the same position ids to the model at every step, and the model makes the same
+tables of them every time. A result is found again by the identity of the tensors it was made from
+(views count by the tensor they look into), their version counters and the addresses of their
+memory, and by the numbers it depends on besides. It is made anew when it was written to itself.
+
+Like everything that counts versions, this cannot see writes through ``Tensor.data``. Nothing is
+kept of inference tensors (their versions are not counted), while a graph is traced or captured, or
+inside function transforms and dispatch modes.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mindiesd.ops.backends.npu.call import frozen
+from mindiesd.ops.backends.npu.derived import current_stream
+
+# Results that are kept at a time, the bytes of one that is too large, and of all together. What is
+# too large here takes little of the time of a step.
+RESULTS = 64
+LARGEST = 64 << 20
+TOTAL = 256 << 20
+
+_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buffer") else (Tensor,)
+
+_dynamo: Callable[[], bool] = torch.compiler.is_dynamo_compiling
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
+_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
+
+
+class _Mark(NamedTuple):
+    """A tensor at one moment."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    address: int
+
+    @staticmethod
+    def of(tensor: Tensor, forget: Callable[[Any], None] | None = None) -> _Mark:
+        return _Mark(weakref.ref(tensor, forget), tensor._version, tensor.data_ptr())
+
+    def holds(self, tensor: Tensor) -> bool:
+        return (
+            self.tensor() is tensor
+            and tensor._version == self.version
+            and tensor.data_ptr() == self.address
+        )
+
+
+class _Entry(NamedTuple):
+    sources: tuple[_Mark, ...]
+    result: Any
+    versions: tuple[int, ...]
+    size: int
+
+
+class Memory:
+    """A bounded table of results; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._lock = threading.RLock()
+        self._entries: OrderedDict[Hashable, _Entry] = OrderedDict()
+
+    def __len__(self) -> int:
+        """How many results are kept."""
+        return len(self._entries)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._entries.clear()
+
+    def recall(
+        self,
+        key: Hashable,
+        sources: tuple[Tensor, ...],
+        device: torch.device,
+        make: Callable[[], Any],
+    ) -> Any:
+        """``make()``, or what it returned when last asked for the same.
+
+        Args:
+            key: what the result depends on besides the sources; tells functions apart, too.
+            sources: what it is made from.
+            device: where the result is.
+            make: makes it; must return a tensor or a tuple of tensors that share no memory with
+                the sources. Anything else is returned and not kept.
+        """
+        place = _place(device, sources)
+        if place is None:
+            return make()
+        roots = tuple(source if source._base is None else source._base for source in sources)
+        full = (
+            key,
+            place,
+            tuple(map(id, roots)),
+            tuple((s.shape, s.stride(), s.storage_offset(), s.dtype) for s in sources),
+        )
+        with self._lock:
+            entry = self._entries.get(full)
+            if entry is not None:
+                if all(map(_Mark.holds, entry.sources, roots)) and entry.versions == tuple(
+                    tensor._version for tensor in _tensors(entry.result)
+                ):
+                    self._entries.move_to_end(full)
+                    return entry.result
+                del self._entries[full]
+            with torch.inference_mode(False), torch.no_grad():
+                result = make()
+            size = _size(result, roots)
+            if size is None:
+                return result
+
+            def forget(_: Any) -> None:
+                self._entries.pop(full, None)
+
+            marks = tuple(_Mark.of(root, forget) for root in roots)
+            versions = tuple(tensor._version for tensor in _tensors(result))
+            self._entries[full] = _Entry(marks, result, versions, size)
+            total = sum(kept.size for kept in list(self._entries.values()))
+            while len(self._entries) > RESULTS or total > TOTAL:
+                total -= self._entries.popitem(last=False)[1].size
+            return result
+
+
+def _place(device: torch.device, sources: tuple[Tensor, ...]) -> Hashable:
+    """Device and stream; None if nothing may be kept here and now."""
+    if _dynamo() or _modes() or _transforms() is not None:
+        return None
+    for source in sources:
+        if type(source) not in _PLAIN or source.is_inference() or source.requires_grad:
+            return None
+    if device.type == "cpu":
+        return "cpu"
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        return "cuda", device.index, torch._C._cuda_getCurrentRawStream(device.index or 0)
+    if device.type == "npu":
+        probe = torch.empty(0, device=device)
+        return None if frozen(probe) else ("npu", probe.device.index, current_stream(probe))
+    return None
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    return result if type(result) is tuple else (result,)
+
+
+def _size(result: Any, roots: tuple[Tensor, ...]) -> int | None:
+    """The bytes of a result; None if it must not be kept."""
+    owned = {root.untyped_storage().data_ptr() for root in roots}
+    size = 0
+    for tensor in _tensors(result):
+        if type(tensor) is not Tensor or tensor.is_inference() or tensor.requires_grad:
+            return None
+        if tensor.numel() and tensor.untyped_storage().data_ptr() in owned:
+            return None  # it would keep its source alive
+        size += tensor.untyped_storage().nbytes()
+    return size if size <= LARGEST else None
+
+
+MEMORY = Memory()
+"""What the patches of this process remember."""
