@@ -171,6 +171,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
     from torch import Tensor
 
     from mindiesd.ops import norm
+    from mindiesd.patches.rope.templates import named_as
 
     record = next(record for record in RECORDS if record.name == site.name)
     digest, parts = source.read(original, record.module, record.attribute)
@@ -191,20 +192,19 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
         if weight is not None:
             if weight.dtype not in half_or_single:
                 return law.MIXED_DTYPES
-            if weight.dim() != 1 or not x.dim() or weight.shape[0] != x.shape[-1]:
+            if weight.dim() != 1 or not x.dim() or weight.numel() != x.shape[-1]:
                 return law.WEIGHT_SHAPE
         elif result is not INPUT or centred or not x.dim():
             return law.WEIGHT_SHAPE
-        for name, known in parts:
-            if getattr(type(self), name) is not known:
-                return law.OVERRIDDEN
+        if parts and any(getattr(type(self), name) is not known for name, known in parts):
+            return law.OVERRIDDEN
         if autocast():
             return law.AUTOCAST
         if grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
             return law.GRADIENTS
         return None
 
-    def compute(self: Any, x: Tensor) -> Tensor:
+    def forward(self: Any, x: Tensor) -> Tensor:
         if site.everywhere or site.in_force():
             weight: Any = None
             if not flag or getattr(self, flag):
@@ -224,14 +224,5 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
         kept: Tensor = original(self, x)
         return kept
 
-    if record.parameters == ("self", "x"):
-
-        def forward(self: Any, x: Tensor) -> Tensor:
-            return compute(self, x)
-
-        return forward
-
-    def forward_hidden_states(self: Any, hidden_states: Tensor) -> Tensor:
-        return compute(self, hidden_states)
-
-    return forward_hidden_states
+    named: Any = forward
+    return named_as(named, original)
