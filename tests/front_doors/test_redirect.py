@@ -63,7 +63,7 @@ CUDA = SimpleNamespace(is_cuda=True)
 def test_redirected_where_it_cannot_compute(installed, imported_first) -> None:
     installed()
     if imported_first:
-        import flash_attn.flash_attn_interface  # noqa: F401
+        import flash_attn.flash_attn_interface
     migration = mindiesd.patch_all(only="flash_attn")
     import flash_attn
     import flash_attn.flash_attn_interface as interface

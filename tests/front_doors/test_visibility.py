@@ -208,45 +208,42 @@ def test_undone() -> None:
 
 
 @pytest.fixture
-def installed(tmp_path):
-    """A directory that looks installed, and one that is the user's, with the same two modules."""
-    for folder in ("lib/site-packages", "project"):
+def two_places(tmp_path, monkeypatch):
+    """A directory that looks installed and one that is the user's, with the same two modules."""
+    names = []
+    for folder, who in (("lib/site-packages", "installed"), ("project", "own")):
         place = tmp_path / folder
         place.mkdir(parents=True)
-        name = "installed" if "site" in folder else "own"
-        (place / f"{name}_guarded.py").write_text(
+        (place / f"{who}_guarded.py").write_text(
             "try:\n    import flash_attn\n    HAS = True\nexcept ImportError:\n    HAS = False\n"
         )
-        (place / f"{name}_by_name.py").write_text(
+        (place / f"{who}_by_name.py").write_text(
             "try:\n    from flash_attn import flash_attn_func\n"
             "except ImportError:\n    flash_attn_func = None\n"
             "def text(code):\n    exec(code, {'__name__': __name__})\n"
         )
-    return [str(tmp_path / "lib/site-packages"), str(tmp_path / "project")]
+        names += [f"{who}_guarded", f"{who}_by_name"]
+        monkeypatch.syspath_prepend(str(place))
+    yield
+    for name in names:
+        sys.modules.pop(name, None)
 
 
-def test_by_where_the_importing_code_lies(installed) -> None:
-    run_python(f"""
-        import sys
-        sys.path += {installed!r}
-        import mindiesd
-        migration = mindiesd.patch_all()
-        import installed_guarded
-        import flash_attn
-        import installed_by_name, own_guarded, own_by_name
-        assert own_guarded.HAS and own_by_name.flash_attn_func is flash_attn.flash_attn_func
-        assert not installed_guarded.HAS and installed_by_name.flash_attn_func is None
-        own_by_name.text("import flash_attn")
-        try:
-            installed_by_name.text("import flash_attn")
-        except ImportError:
-            pass
-        else:
-            raise AssertionError
-        notes = " ".join(migration.report().notes)
-        assert "flash_attn" in notes and "installed_guarded" in notes, notes
-        assert "diffusers" not in notes
-    """)
+def test_by_where_the_importing_code_lies(two_places) -> None:
+    migration = mindiesd.patch_all()
+    installed_guarded = importlib.import_module("installed_guarded")
+    import flash_attn
+
+    others = ("installed_by_name", "own_guarded", "own_by_name")
+    installed_by_name, own_guarded, own_by_name = map(importlib.import_module, others)
+    assert own_guarded.HAS and own_by_name.flash_attn_func is flash_attn.flash_attn_func
+    assert not installed_guarded.HAS and installed_by_name.flash_attn_func is None
+    own_by_name.text("import flash_attn")
+    with pytest.raises(ImportError):
+        installed_by_name.text("import flash_attn")
+    notes = " ".join(migration.report().notes)
+    assert "flash_attn is provided" in notes and "installed_guarded" in notes
+    assert "diffusers" not in notes
 
 
 def test_a_real_package_wins(tmp_path) -> None:

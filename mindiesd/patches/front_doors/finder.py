@@ -213,8 +213,8 @@ def _asker(package: str) -> tuple[Asker | None, list[str]]:
                 if name.partition(".")[0] == package:
                     loading.append(name)
         elif frame.f_globals.get("__name__") == _TRACER:
-            traced = frame.f_locals.get("self")
-            if hasattr(traced, "f_globals") and hasattr(traced, "f_code"):
+            traced: Any = frame.f_locals.get("self")
+            if traced is not None and hasattr(traced, "f_globals") and hasattr(traced, "f_code"):
                 return Asker(traced.f_globals, traced.f_code.co_filename), loading
         elif not _passes_on(frame, file):
             return Asker(frame.f_globals, file), loading
