@@ -1,9 +1,9 @@
 """Sparse attention on the CPU: time and memory against dense SDPA, and quality against chance.
 
 Dense and sparse calls alternate in one process on the same tensors, with two threads. Two ratios
-are given: of the smallest wall times, and of the smallest processor times. Other work on the machine
-makes dense SDPA's threads wait for each other and flatters the first; a goal counts as met when
-both meet it. Estimating the blocks and rearranging the tokens are part of every call.
+are given: of the smallest wall times, and of the smallest processor times. Other work on the
+machine makes dense SDPA's threads wait for each other and flatters the first; a goal counts as met
+when both meet it. Estimating the blocks and rearranging the tokens are part of every call.
 
     python scripts/bench_sparse.py [--quick] [--write docs/sparse_benchmark.md]
 """
