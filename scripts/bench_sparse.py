@@ -1,8 +1,9 @@
 """Sparse attention on the CPU: time and memory against dense SDPA, and quality against chance.
 
 Dense and sparse calls alternate in one process on the same tensors, with two threads. Two ratios
-are given: of the smallest wall times, and of the smallest processor times, which other work on the
-machine disturbs less. Estimating the blocks and rearranging the tokens are part of every call.
+are given: of the smallest wall times, and of the smallest processor times. Other work on the
+machine makes dense SDPA's threads wait for each other and flatters the first; a goal counts as met
+when both meet it. Estimating the blocks and rearranging the tokens are part of every call.
 
     python scripts/bench_sparse.py [--quick] [--write docs/sparse_benchmark.md]
 """
@@ -88,7 +89,7 @@ def speed(length: int, heads: int, dtype: str, rounds: int) -> list[list[str]]:
                     f"{by_wall:.2f} ×",
                     f"{by_cpu:.2f} ×",
                     f"{goal:.1f} ×",
-                    "yes" if by_wall >= goal else "**no**",
+                    "yes" if min(by_wall, by_cpu) >= goal else "**no**",
                 ]
             )
     return rows
@@ -228,7 +229,7 @@ Head dimension {DIM}, batch 1. Time ratios are of minima over {options.rounds} i
                 "sparse",
                 "wall",
                 "processor",
-                "goal (wall)",
+                "goal",
                 "met",
             ],
             times,

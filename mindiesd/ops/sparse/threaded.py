@@ -42,6 +42,7 @@ class _Call(NamedTuple):
     careful: list[bool]
     columns: Tensor
     ends: list[int]
+    lasts: list[int]
     places_k: Tensor | None
     wide: torch.dtype
 
@@ -76,7 +77,9 @@ def attention(
         places = padded.view(-1, BLOCK)
     careful = _careful(q, k, v, scale)
     columns = keep.nonzero()[:, 3].contiguous()
-    call = _Call(q, k, v, result, selection, scale, careful, columns, ends, places, wide)
+    # Each row keeps a block at least.
+    lasts = columns[torch.tensor(ends, device=columns.device) - 1].tolist()
+    call = _Call(q, k, v, result, selection, scale, careful, columns, ends, lasts, places, wide)
     rows = keep.shape[0] * keep.shape[1] * keep.shape[2]
     tickets = count()
 
@@ -132,6 +135,8 @@ class _Steps:
         self.sums = torch.empty(BLOCK, self.value_dim, dtype=wide, device=device)
         self.total = torch.empty(BLOCK, 1, dtype=wide, device=device)
         self.within = torch.arange(BLOCK, device=device)
+        self.pair: tuple[int, int] | None = None
+        self.query = self.key = self.value = self.out = query
 
     def take(self, source: Tensor, tokens: Tensor) -> Tensor:
         """Rows of a [S, D] tensor, in the dtype of computation."""
@@ -153,14 +158,18 @@ class _Steps:
     def row(self, b: int, n: int, row: int, careful: bool) -> None:
         """The attention of one block of queries."""
         call = self.call
-        key, value = call.key[b, n // self.shared], call.value[b, n // self.shared]
+        if self.pair != (b, n):
+            self.pair = (b, n)
+            self.query, self.out = call.query[b, n], call.out[b, n]
+            self.key, self.value = call.key[b, n // self.shared], call.value[b, n // self.shared]
+        key, value = self.key, self.value
         at = (b * call.query.shape[1] + n) * call.selection.keep.shape[2] + row
         columns = call.columns[call.ends[at - 1] if at else 0 : call.ends[at]]
-        queries, mine = self.queries(b, n, row)
+        queries, mine = self.queries(row)
         size, keys = queries.shape[0], key.shape[0]
         tokens = self.tokens(columns)
         left = keys % BLOCK
-        last = int(columns[-1])
+        last = call.lasts[at]
         if left and last == call.selection.keep.shape[3] - 1:
             tokens = tokens[: tokens.shape[0] - (BLOCK - left)]
         length = tokens.shape[0]
@@ -194,15 +203,14 @@ class _Steps:
                 torch.sum(scores, -1, keepdim=True, out=total)
             torch.addmm(sums, scores, self.take(value, some), beta=1 if start else 0, out=sums)
         sums.div_(total)
-        out = call.out[b, n]
         if mine is None:
-            out[row * BLOCK : row * BLOCK + size].copy_(sums)
+            self.out[row * BLOCK : row * BLOCK + size].copy_(sums)
         else:
-            out.index_copy_(0, mine, sums.to(out.dtype))
+            self.out.index_copy_(0, mine, sums.to(self.out.dtype))
 
-    def queries(self, b: int, n: int, row: int) -> tuple[Tensor, Tensor | None]:
+    def queries(self, row: int) -> tuple[Tensor, Tensor | None]:
         """The queries of a block, and which tokens they are unless in order."""
-        source, order = self.call.query[b, n], self.call.selection.order_q
+        source, order = self.query, self.call.selection.order_q
         if order is None:
             own = source[row * BLOCK : (row + 1) * BLOCK]
             return own.to(self.call.wide), None
