@@ -27,7 +27,7 @@ from packaging.version import Version
 from mindiesd.patches import law, sweep, verify
 from mindiesd.patches.front_doors.finder import FINDER
 from mindiesd.patches.hooks import ImportWatch, find_module, is_initializing
-from mindiesd.patches.registry import INSIDE, Patch, records
+from mindiesd.patches.registry import INSIDE, NOT_COMPARED, Patch, records
 from mindiesd.patches.scope import Site
 
 _log = logging.getLogger("mindiesd")
@@ -98,8 +98,9 @@ class Engine:
             for patch in patches:
                 state = self._states[patch.name]
                 state.wanted += 1
-                again = verified and not state.site.watching
-                state.site.watching |= verified
+                watched = verified and patch.reference != NOT_COMPARED
+                again = watched and not state.site.watching
+                state.site.watching |= watched
                 if again and state.replaced:
                     with self._changing():
                         self._uninstall([state])

@@ -39,6 +39,10 @@ _SHARED = dict.fromkeys(("flash_attn", "xformers", "sageattention"), "front_door
 INSIDE = "inside"
 """``Patch.reference`` of a replacement that has its parts verified, not the whole call."""
 
+NOT_COMPARED = "not compared"
+"""``Patch.reference`` where there is nothing to compare with: the original cannot run here, is what
+is being put right, or is approximated on request. Calls that it leads to are verified themselves."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Patch:
@@ -63,7 +67,8 @@ class Patch:
         keep_in: modules whose own reference to the target is left alone by the identity sweep.
         reference: ``"module:function"`` that gives ``verify=N`` its float64 result, see
             :func:`mindiesd.patches.verify.watch`; empty: the original, called with float64
-            arguments; :data:`INSIDE`: the replacement verifies its parts itself.
+            arguments; :data:`INSIDE`: the replacement verifies its parts itself;
+            :data:`NOT_COMPARED`: calls are not verified.
         tables: ``"module:attribute"`` of dictionaries whose values are called in the target's
             place; those that are the target are replaced too.
         also: ``(module, attribute)`` of further targets that belong to this one and are redirected

@@ -146,7 +146,7 @@ class Site:
             token = getattr(LOCAL, "token", None) if OPEN else None
             counts = self._own if token is None else token.ledger[self.name]
             if self.watching:
-                reason = verify.note(reason)
+                reason = verify.note(self.name, reason)
             if reason is None:
                 counts.redirected()
             else:

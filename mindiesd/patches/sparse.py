@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mindiesd.patches import law
-from mindiesd.patches.registry import Patch
+from mindiesd.patches.registry import NOT_COMPARED, Patch
 from mindiesd.patches.scope import LOCAL, Site
 from mindiesd.patches.sparse_options import SparseOptions
 
@@ -290,6 +290,7 @@ RECORDS = tuple(
         after=f"diffusers.models.transformers.{module}",
         becomes="mindiesd.sparse_attention",
         build="mindiesd.patches.sparse:build",
+        reference=NOT_COMPARED,
         why="attention over the blocks that matter: its time falls with the share that is kept",
         when=_WHEN,
         numerics=_NUMERICS,

@@ -199,13 +199,15 @@ def watch(
         place = verification.place(name, _caller())
         if place.left <= 0 and not place.failure:
             return replacement(*args, **kwargs)
-        _busy.blocked = bool(place.failure)
-        _busy.taken = False
+        taken: dict[str, bool] = vars(_busy).setdefault("taken", {})
+        taken[name] = False
+        outer = getattr(_busy, "blocked", "")
+        _busy.blocked = name if place.failure else outer
         try:
             ours = replacement(*args, **kwargs)
         finally:
-            _busy.blocked = False
-        if not _busy.taken:
+            _busy.blocked = outer
+        if not taken[name]:
             return ours
         place.left -= 1
         _busy.verifying = True
@@ -219,11 +221,11 @@ def watch(
     return watched
 
 
-def note(reason: str | None) -> str | None:
-    """Note whether the current call is taken, and refuse it where its line failed before."""
-    if reason is None and getattr(_busy, "blocked", False):
+def note(name: str, reason: str | None) -> str | None:
+    """Note whether the current call of a patch is taken; refuse it where its line failed before."""
+    if reason is None and getattr(_busy, "blocked", "") == name:
         reason = FAILED
-    _busy.taken = reason is None
+    vars(_busy).setdefault("taken", {})[name] = reason is None
     return reason
 
 

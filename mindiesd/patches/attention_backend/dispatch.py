@@ -24,7 +24,7 @@ from mindiesd.patches.attention_backend.contract import (
     TOP_LEFT,
     Contract,
 )
-from mindiesd.patches.registry import Patch
+from mindiesd.patches.registry import NOT_COMPARED, Patch
 from mindiesd.patches.scope import Site, entered
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ RECORDS = (
         after=MODULE,
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_dispatch",
+        reference=NOT_COMPARED,
         why=(
             "a script that names flash-attention, SageAttention, xFormers or cuDNN runs without "
             "them; _native_npu no longer inverts additive masks and drops is_causal and enable_gqa"
@@ -79,6 +80,7 @@ RECORDS = (
         after=MODULE,
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_requirements",
+        reference=NOT_COMPARED,
         why="set_attention_backend and attention_backend accept the name of an absent CUDA package",
         when=(
             "the check would raise for a backend that diffusers_dispatch computes; inside "
@@ -96,6 +98,7 @@ RECORDS = (
         after=MODULE,
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_download",
+        reference=NOT_COMPARED,
         why="the name of a CUDA kernel on the Hub needs no download where it could not run",
         when="there is no CUDA device, or the kernels package is not installed",
         numerics="computes nothing",
@@ -110,6 +113,7 @@ RECORDS = (
         after="diffusers.models.modeling_utils",
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_set_backend",
+        reference=NOT_COMPARED,
         why="a backend named inside patch_pipeline is that pipeline's only, not the process's",
         when="inside patch_pipeline, on a model of that pipeline",
         numerics="computes nothing",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mindiesd.errors import ParametersInvalid
-from mindiesd.patches.registry import Patch
+from mindiesd.patches.registry import NOT_COMPARED, Patch
 from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ RECORDS = (
         after="transformers.modeling_utils",
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_sdpa",
+        reference=NOT_COMPARED,
         why=(
             "with torch_npu installed the original turns additive masks into bool ones, so that "
             "a bias is lost, and on the CPU too"
@@ -61,6 +62,7 @@ RECORDS = (
         after=FLASH,
         becomes="mindiesd.attention_forward_varlen",
         build=f"{_BUILD}:build_flash",
+        reference=NOT_COMPARED,
         why=(
             'with attn_implementation="flash_attention_2" on an NPU the original ignores sliding '
             "windows and refuses softcaps"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law
 from mindiesd.patches.attention_backend.dispatch import cuda_device
-from mindiesd.patches.registry import Patch
+from mindiesd.patches.registry import NOT_COMPARED, Patch
 from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ RECORDS = (
         after=MODULE,
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_npu",
+        reference=NOT_COMPARED,
         why=(
             "enable_npu_flash_attention: additive masks are no longer read as bool, float32 masks "
             "no longer inverted, query and key norms no longer left out"
@@ -58,6 +59,7 @@ RECORDS = (
         after=MODULE,
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_xformers",
+        reference=NOT_COMPARED,
         why="a script that sets the xFormers processor runs without xFormers",
         when="xFormers or CUDA is absent; the scores have their usual scale, no query or key norm",
         numerics="those of AttnProcessor2_0",
@@ -72,6 +74,7 @@ RECORDS = (
         after=MODULE,
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_sliced",
+        reference=NOT_COMPARED,
         why=(
             "enable_attention_slicing saves the memory of the score matrix; a fused kernel has "
             "none, so on an NPU it is one launch instead of several for each slice"
@@ -92,6 +95,7 @@ RECORDS = (
         after=MODULE,
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_setter",
+        reference=NOT_COMPARED,
         why="enable_xformers_memory_efficient_attention works without xFormers: SDPA needs no more",
         when=(
             "xFormers or CUDA is absent; a processor that does not call SDPA is exchanged for the "
@@ -109,6 +113,7 @@ RECORDS = (
         after="diffusers.models.attention",
         becomes="mindiesd.attention_forward",
         build=f"{_BUILD}:build_mixin_setter",
+        reference=NOT_COMPARED,
         why="enable_xformers_memory_efficient_attention works without xFormers: SDPA needs no more",
         when="xFormers or CUDA is absent; the layer's backend stays what it was",
         numerics="those of SDPA",

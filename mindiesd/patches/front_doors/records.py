@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mindiesd.patches.registry import Patch
+from mindiesd.patches.registry import NOT_COMPARED, Patch
 
 _HERE = "mindiesd.patches.front_doors"
 _INTERFACE = "flash_attn.flash_attn_interface"
@@ -32,6 +32,7 @@ RECORDS = (
         after="flash_attn",
         becomes="mindiesd.attention_forward",
         build=f"{_HERE}.flash_attn:redirect",
+        reference=NOT_COMPARED,
         why="scripts that import flash_attn run, on the fused Ascend kernel, without CUDA",
         when=_WHEN_INSTALLED,
         numerics=_EXACT,
@@ -54,6 +55,7 @@ RECORDS = (
         after="flash_attn_interface",
         becomes="mindiesd.attention_forward",
         build=f"{_HERE}.flash_attn_3:redirect",
+        reference=NOT_COMPARED,
         why="scripts that import FlashAttention 3 run, on the fused Ascend kernel, without CUDA",
         when=f"only when named in `only=`; then as for `flash_attn`: {_WHEN_INSTALLED}",
         numerics=_EXACT,
@@ -69,6 +71,7 @@ RECORDS = (
         after="xformers.ops",
         becomes="mindiesd.attention_forward",
         build=f"{_HERE}.xformers:redirect",
+        reference=NOT_COMPARED,
         why="scripts that call memory_efficient_attention run, on the fused Ascend kernel",
         when=_WHEN_INSTALLED,
         numerics=_EXACT,
@@ -85,6 +88,7 @@ RECORDS = (
         after="sageattention",
         becomes="mindiesd.attention_forward",
         build=f"{_HERE}.sageattention:redirect",
+        reference=NOT_COMPARED,
         why="scripts that call sageattn run, on the fused Ascend kernel",
         when=_WHEN_INSTALLED,
         numerics="exact, where the original quantises to 8 bits",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from types import MappingProxyType
 from typing import Any
 
-from mindiesd.patches.registry import Patch
+from mindiesd.patches.registry import INSIDE, Patch
 from mindiesd.patches.rewriting.rules import Rewrite
 from mindiesd.patches.scope import Site
 
@@ -44,6 +44,7 @@ def records(
                 after=rule.module,
                 becomes=becomes,
                 build=f"mindiesd.patches.{family}:build",
+                reference=INSIDE,
                 why=why,
                 when=when,
                 numerics=numerics,

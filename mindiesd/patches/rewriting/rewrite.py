@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from mindiesd.patches import verify
 from mindiesd.patches.rewriting import pattern
 from mindiesd.patches.rewriting.rules import Expression, Nested, Whole
 from mindiesd.patches.rewriting.source import Source, SourceUnknown, read
@@ -135,7 +136,12 @@ class _Outlined:
         if arguments.defaults or arguments.kw_defaults:
             raise SourceUnknown(f"{kind.name} has default values")
         local = _NAME.format(len(self.replacements))
-        self.replacements[local] = _built(kind, original, self._site)
+        replacement = _built(kind, original, self._site)
+        if self._site.watching:
+            replacement = verify.watch(
+                replacement, original, self._site.verification_now, self._site.name
+            )
+        self.replacements[local] = replacement
         return local
 
 
