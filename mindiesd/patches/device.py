@@ -101,16 +101,16 @@ class Device:
                 self._apply()
 
     def _apply(self) -> None:
-        reason = _obstacle()
-        if reason:
-            self.note = f'device: "cuda" was left alone: {reason}'
-            return
         try:
+            reason = _obstacle()
+            if reason:
+                self.note = f'device: "cuda" was left alone: {reason}'
+                return
             self._transfer()
         except Exception as error:  # noqa: BLE001 - the program must run on, and is told
             lost = self.undo()
             what = " ".join(f"{type(error).__name__}: {error}".split())
-            self.note = f'device: "cuda" was left alone: transfer_to_npu failed: {what}'
+            self.note = f'device: "cuda" was left alone, for it failed: {what}'
             if lost:
                 self.note += f"; not restored: {', '.join(lost)}"
             return
@@ -229,10 +229,10 @@ def _obstacle() -> str:
 
     if TRANSFER in sys.modules:
         return "transfer_to_npu is in force already, not by mindiesd"
-    if torch.cuda.is_available():
-        return "CUDA is available"
     if "torch_npu" not in sys.modules and util.find_spec("torch_npu") is None:
         return "torch_npu is not installed"
+    if torch.cuda.is_available():
+        return "CUDA is available"
     try:
         importlib.import_module("torch_npu")
         npu: Any = torch.npu  # type: ignore[attr-defined]
