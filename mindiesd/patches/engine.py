@@ -188,7 +188,8 @@ class Engine:
                 _log.warning("%s %s", patch.name, state.reason)
                 _log.debug("%s", patch.name, exc_info=True)
                 continue
-            fresh[id(swap.old)] = swap
+            if not swap.alone:
+                fresh[id(swap.old)] = swap
             by_original[id(swap.old)] = state
             keep.update(patch.keep_in)
         if swept and fresh:
@@ -208,6 +209,7 @@ class Engine:
             raise _Skip(f"{patch.target} is inherited, not defined there")
         if patch.parameters is None and isinstance(original, FunctionType):
             raise _Skip(f"{patch.target} was already replaced by {original.__module__}")
+        alone = sweep.is_alone(vars(owner), attribute)
         state.site.arm()
         build = _resolve(patch.build)
         try:
@@ -228,7 +230,7 @@ class Engine:
         if after_install is not None:
             after_install(replacement)
         wrapt.apply_patch(owner, attribute, replacement)
-        swap = sweep.Swap(original, replacement)
+        swap = sweep.Swap(original, replacement, alone)
         state.replaced.append(swap)
         state.holders.append(
             sweep.Holder(
@@ -252,7 +254,7 @@ class Engine:
             for holder in reversed(state.holders):
                 if not holder.undo():
                     state.lost.append(holder.where)
-            for original, replacement in state.replaced:
+            for original, replacement, _ in state.replaced:
                 _tell(state.patch, "after_uninstall", replacement)
                 back[id(replacement)] = sweep.Swap(replacement, original)
             lost += state.lost

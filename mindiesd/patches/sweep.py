@@ -19,10 +19,38 @@ from typing import Any, NamedTuple
 
 
 class Swap(NamedTuple):
-    """An object that is replaced, and what replaces it."""
+    """An object that is replaced, and what replaces it.
+
+    Attributes:
+        old: the object.
+        new: what replaces it.
+        alone: whether nothing but its own place held the object.
+    """
 
     old: Any
     new: Any
+    alone: bool = False
+
+
+def is_alone(namespace: Mapping[str, Any], name: str) -> bool:
+    """Whether only ``namespace``, and one variable of the caller's, hold what it has as ``name``.
+
+    Looking for holders goes through the whole heap, for every object that is looked for, and most
+    functions have none. Counts of references are compared with that of a function of which it is
+    known, since how many the interpreter adds varies with its version.
+    """
+    if not getattr(sys, "_is_gil_enabled", lambda: True)():
+        return False  # counts are not exact there
+
+    def lonely() -> None:
+        """Nobody calls this."""
+
+    held = {"lonely": lonely}
+    return _references(namespace, name) <= _references(held, "lonely")
+
+
+def _references(namespace: Mapping[str, Any], name: str) -> int:
+    return sys.getrefcount(namespace[name])
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +171,7 @@ def _rebind_class(owner: type, swaps: Mapping[int, Swap], to_replacement: bool) 
         pair = swaps.get(id(raw.__func__ if static else raw))
         if pair is None:
             continue
-        old, new = pair
+        old, new = pair.old, pair.new
         # Reading a builtin from an instance gives the builtin; reading a Python function gives a
         # bound method, which would pass the instance as the first argument.
         unbound = to_replacement and isinstance(old, BuiltinFunctionType)

@@ -298,3 +298,24 @@ def test_counts_are_exact_under_threads() -> None:
         assert patch.redirected == 6000, "reading a count must not change it"
         """
     )
+
+
+def test_what_nobody_else_holds_is_not_looked_for() -> None:
+    from types import ModuleType
+
+    from mindiesd.patches import sweep
+
+    module = ModuleType("somewhere")
+    exec("def function(): pass", vars(module))
+    original = module.function
+    assert sweep.is_alone(vars(module), "function")
+    for other in (
+        [original],
+        {"a": original},
+        type("Kind", (), {"method": original}),
+        lambda default=original: default,
+    ):
+        assert not sweep.is_alone(vars(module), "function"), other
+    del other
+    assert sweep.is_alone(vars(module), "function")
+    assert original is module.function
