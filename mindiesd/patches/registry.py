@@ -40,8 +40,8 @@ INSIDE = "inside"
 """``Patch.reference`` of a replacement that has its parts verified, not the whole call."""
 
 NOT_COMPARED = "not compared"
-"""``Patch.reference`` where there is nothing to compare with: the original cannot run here, is what
-is being put right, or is approximated on request. Calls that it leads to are verified themselves."""
+"""``Patch.reference`` where nothing can be compared: the original cannot run here, is what is being
+put right, or is approximated on request. Calls that it leads to are verified themselves."""
 
 
 @dataclass(frozen=True, kw_only=True)

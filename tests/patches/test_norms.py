@@ -183,29 +183,6 @@ def test_diffusers_rope(dtype, table_dtype, sequence_dim, unbind, sizes, dim, vi
     assert_same_outcome(ours, ORIGINALS["rope"](x, (cos, sin), **kwargs))
 
 
-def test_rope_calls_that_stay_with_the_original() -> None:
-    from mindiesd.patches import rope
-
-    migration = mindiesd.patch_all(only="diffusers_rope")
-    x = torch.randn(1, 2, 3, 8)
-    table = torch.randn(3, 8)
-    complex_table = torch.polar(torch.ones(1, 2, 4), torch.randn(1, 2, 4))
-    calls = [
-        ((x, complex_table), {"use_real": False}, rope.COMPLEX_TABLE),
-        ((x[0], (table, table)), {}, rope.LAYOUT),
-        ((x, (table, table)), {"sequence_dim": 3}, rope.LAYOUT),
-        ((x, (table[:1], table[:1])), {}, rope.TABLE_SHAPE),
-        ((x, (table.double(), table.double())), {}, law.DTYPE),
-        ((x.clone().requires_grad_(), (table, table)), {}, law.GRADIENTS),
-        ((x, table), {}, law.UNUSUAL_ARGUMENT),
-    ]
-    for args, kwargs, reason in calls:
-        theirs = outcome(ORIGINALS["rope"], *args, **kwargs)
-        assert_same_outcome(outcome(embeddings.apply_rotary_emb, *args, **kwargs), theirs)
-        assert entry(migration, "diffusers_rope").fell_back.get(reason), reason
-    assert entry(migration, "diffusers_rope").redirected == 0
-
-
 def test_norm_calls_that_stay_with_the_original() -> None:
     migration = mindiesd.patch_all()
     x = torch.randn(2, 4, 8)
