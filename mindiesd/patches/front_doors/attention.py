@@ -36,7 +36,7 @@ DROPPED = "computed natively: dropout"
 GRADIENTS = "computed natively: " + law.GRADIENTS
 WANTS_LSE = "computed natively: the log-sum-exp is asked for"
 
-_, _, _any_autocast = law.context()
+_any_autocast = law.context()[2]
 
 # Scores that exist at one time: 64 MiB in float32.
 _BLOCK = 1 << 24
@@ -392,24 +392,25 @@ def rules_of(
     Raises:
         ParametersInvalid: one of them is wrong.
     """
-    left, right = _window(window_size)
-    if checks.boolean("causal", causal):
+    left, right = -1, -1
+    if window_size.__class__ is not tuple or window_size != (-1, -1):
+        left, right = _window(window_size)
+    if causal is not False and checks.boolean("causal", causal):
         right = 0
     slopes = None
     if alibi_slopes is not None:
         slopes = checks.tensor("alibi_slopes", alibi_slopes, (1, 2))
-    p = checks.real("dropout_p", dropout_p, 0.0, 1.0)
-    if p == 1.0:
-        raise ParametersInvalid("dropout_p", dropout_p, "a probability below 1")
-    return Rules(
-        checks.optional_real("softmax_scale", softmax_scale),
-        left,
-        right,
-        max(0.0, float(checks.real("softcap", softcap))),
-        slopes,
-        p,
-        checks.boolean(lse_name, lse),
-    )
+    p, cap = 0.0, 0.0
+    if dropout_p.__class__ is not float or dropout_p != 0.0:
+        p = checks.real("dropout_p", dropout_p, 0.0, 1.0)
+        if p == 1.0:
+            raise ParametersInvalid("dropout_p", dropout_p, "a probability below 1")
+    if softcap.__class__ is not float or softcap != 0.0:
+        cap = max(0.0, float(checks.real("softcap", softcap)))
+    if lse is not False:
+        checks.boolean(lse_name, lse)
+    scale = None if softmax_scale is None else checks.real("softmax_scale", softmax_scale)
+    return Rules(scale, left, right, cap, slopes, p, bool(lse))
 
 
 def _window(window_size: object) -> tuple[int, int]:
