@@ -219,6 +219,18 @@ def test_dropout_varlen() -> None:
     assert torch.equal(weights[0, :, 2], torch.zeros(2, 3))
 
 
+@pytest.mark.parametrize("more", [{}, {"softcap": 50.0}, {"causal": True}])
+def test_autocast_has_no_say(more) -> None:
+    q, k, v = (torch.randn(1, 5, 2, 8) for _ in range(3))
+    cu = torch.tensor([0, 2, 5])
+    want = fa.flash_attn_func(q, k, v, **more)
+    want_packed = fa.flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 3, 3, **more)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fa.flash_attn_func(q, k, v, **more), want)
+        packed = fa.flash_attn_varlen_func(q[0], k[0], v[0], cu, cu, 3, 3, **more)
+    assert torch.equal(packed, want_packed)
+
+
 def test_a_long_window_is_computed_in_blocks(monkeypatch) -> None:
     monkeypatch.setattr(attention, "_BLOCK", 64)
     seen = []

@@ -36,6 +36,8 @@ DROPPED = "computed natively: dropout"
 GRADIENTS = "computed natively: " + law.GRADIENTS
 WANTS_LSE = "computed natively: the log-sum-exp is asked for"
 
+_any_autocast = law.context()[2]
+
 # Scores that exist at one time: 64 MiB in float32.
 _BLOCK = 1 << 24
 
@@ -111,6 +113,10 @@ def dense(
         band: further limits on the diagonals.
         head_first: whether heads come before the sequence.
     """
+    if _any_autocast() and torch.is_autocast_enabled(q.device.type):
+        # It has no say in what these functions compute in.
+        with torch.autocast(q.device.type, enabled=False):
+            return dense(site, q, k, v, rules, mask, band, head_first)
     sequence, head = (2, 1) if head_first else (1, 2)
     queries, keys = q.shape[sequence], k.shape[sequence]
     if rules.left >= 0 or rules.right >= 0:
@@ -156,6 +162,10 @@ def packed(
     Raises:
         ParametersInvalid: an argument is wrong.
     """
+    if _any_autocast() and torch.is_autocast_enabled(q.device.type):
+        with torch.autocast(q.device.type, enabled=False):
+            lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+            return packed(site, q, k, v, *lengths, rules)
     if site.takes(unfused(rules, q, k, v)):
         slopes = None if rules.slopes is None else rules.slopes.detach()
         out = attention_forward_varlen(
@@ -249,7 +259,8 @@ def composed(
     if differentiable is None and rules.dropout_p == 0.0 and not torch.compiler.is_compiling():
         block = max(1, _BLOCK // max(1, batch * heads * keys))
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    key, value = k.transpose(1, 2).to(wide), v.transpose(1, 2).to(wide)
+    key = k.transpose(1, 2).to(wide).contiguous()
+    value = v.transpose(1, 2).to(wide).contiguous()
     parts = []
     for first in range(0, max(queries, 1), max(block, 1)):
         last = min(first + block, queries)
@@ -298,8 +309,10 @@ def _block(
     factor = rules.scale if rules.scale is not None else dim**-0.5 if dim else 1.0
     # Query heads that share a key head are rows of one matrix product.
     rows = heads // kv_heads * queries if kv_heads else 0
-    grouped = (query * factor).reshape(batch, kv_heads, rows, dim)
-    scores = (grouped @ key.transpose(-2, -1)).reshape(batch, heads, queries, keys)
+    grouped = (query * factor).reshape(batch * kv_heads, rows, dim)
+    key, value = key.flatten(0, 1), value.flatten(0, 1)
+    # bmm, whose gradient is the same everywhere; that of matmul is torch_npu's own.
+    scores = torch.bmm(grouped, key.transpose(1, 2)).view(batch, heads, queries, keys)
     if rules.softcap > 0.0:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
     steps = None
@@ -344,8 +357,8 @@ def _block(
         stays = torch.empty_like(weights).bernoulli_(1.0 - rules.dropout_p).bool()
         signed = torch.where(stays, weights, -weights)
         weights = weights * stays / (1.0 - rules.dropout_p)
-    out = weights.reshape(batch, kv_heads, rows, keys) @ value
-    return Result(out.reshape(batch, heads, queries, value.shape[-1]), lse, signed)
+    out = torch.bmm(weights.reshape(batch * kv_heads, rows, keys), value)
+    return Result(out.view(batch, heads, queries, value.shape[-1]), lse, signed)
 
 
 def _part(mask: Tensor | None, first: int, last: int, begin: int, end: int) -> Tensor | None:
@@ -379,24 +392,25 @@ def rules_of(
     Raises:
         ParametersInvalid: one of them is wrong.
     """
-    left, right = _window(window_size)
-    if checks.boolean("causal", causal):
+    left, right = -1, -1
+    if window_size.__class__ is not tuple or window_size != (-1, -1):
+        left, right = _window(window_size)
+    if causal is not False and checks.boolean("causal", causal):
         right = 0
     slopes = None
     if alibi_slopes is not None:
         slopes = checks.tensor("alibi_slopes", alibi_slopes, (1, 2))
-    p = checks.real("dropout_p", dropout_p, 0.0, 1.0)
-    if p == 1.0:
-        raise ParametersInvalid("dropout_p", dropout_p, "a probability below 1")
-    return Rules(
-        checks.optional_real("softmax_scale", softmax_scale),
-        left,
-        right,
-        max(0.0, float(checks.real("softcap", softcap))),
-        slopes,
-        p,
-        checks.boolean(lse_name, lse),
-    )
+    p, cap = 0.0, 0.0
+    if dropout_p.__class__ is not float or dropout_p != 0.0:
+        p = checks.real("dropout_p", dropout_p, 0.0, 1.0)
+        if p == 1.0:
+            raise ParametersInvalid("dropout_p", dropout_p, "a probability below 1")
+    if softcap.__class__ is not float or softcap != 0.0:
+        cap = max(0.0, float(checks.real("softcap", softcap)))
+    if lse is not False:
+        checks.boolean(lse_name, lse)
+    scale = None if softmax_scale is None else checks.real("softmax_scale", softmax_scale)
+    return Rules(scale, left, right, cap, slopes, p, bool(lse))
 
 
 def _window(window_size: object) -> tuple[int, int]:

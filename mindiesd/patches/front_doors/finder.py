@@ -46,7 +46,12 @@ LIBRARIES = frozenset(
     }
 )
 # Finders that ask the next finder on somebody's behalf.
-_MESSENGERS = ("wrapt", "_mindiesd_start", "mindiesd.patches.hooks")
+_MESSENGERS = (
+    "wrapt",
+    "_mindiesd_start",
+    "mindiesd.bootstrap._mindiesd_start",
+    "mindiesd.patches.hooks",
+)
 # Dynamo runs the import statements of the code it traces.
 _TRACER = "torch._dynamo.symbolic_convert"
 _STDLIB = os.path.dirname(os.__file__) + os.sep
