@@ -104,7 +104,7 @@ def test_in_every_thread():
         assert torch.equal(one, other)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 def test_compiled(backend):
     torch._dynamo.reset()
     pipe = make().to("npu")
