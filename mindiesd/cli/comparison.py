@@ -133,7 +133,9 @@ def _remarks(report: Report, found: dict[str, Any]) -> list[str]:
                 f"mindiesd: nothing was counted in the run {name}: "
                 "no process of this Python imported torch and ended by itself"
             )
-    said += [f"note: without the patches: {note}" for note in found["notes"]]
+    said += [
+        f"note: without the patches: {note}" for note in found["notes"] if note not in report.notes
+    ]
     return said
 
 

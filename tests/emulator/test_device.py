@@ -168,6 +168,7 @@ import transformers.utils.import_utils, accelerate.utils.modeling, diffusers.uti
 """
 
 
+@pytest.mark.slow
 def test_everything_is_put_back(tmp_path):
     code = (
         "import mindiesd.emulator as e; e.start()\n"
@@ -261,6 +262,7 @@ print("contained")
 """
 
 
+@pytest.mark.slow
 def test_side_effects_are_contained(tmp_path):
     (tmp_path / "script.py").write_text(CONTAINED)
     assert run(tmp_path, "script.py").stdout == "contained\n"

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
+
+from mindiesd.emulator import trace
 
 from .tiny_models import MODELS, without_torch_npu
 
@@ -74,3 +78,52 @@ def test_generators_of_the_device():
     )
     assert torch.equal(one, two)
     assert not torch.equal(one, three)
+
+
+def latents(seed=2):
+    return torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(seed)).npu()
+
+
+def test_in_every_thread():
+    """Pipelines of their own in threads of their own, at once, give what they give alone."""
+    pipes = [make(name).to("npu") for name in ("DDIMScheduler", "EulerDiscreteScheduler") * 2]
+    alone = [call(pipe, "npu", latents=latents(seed)) for seed, pipe in enumerate(pipes)]
+    together = [None] * len(pipes)
+    start = threading.Barrier(len(pipes))
+
+    def work(index):
+        start.wait()
+        together[index] = call(pipes[index], "npu", latents=latents(index))
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(pipes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for one, other in zip(together, alone, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
+def test_compiled(backend):
+    torch._dynamo.reset()
+    pipe = make().to("npu")
+    expected = call(pipe, "npu", latents=latents())
+    pipe.unet = torch.compile(pipe.unet, backend=backend, fullgraph=True)
+    got = call(pipe, "npu", latents=latents())
+    torch._dynamo.reset()
+    # Compiled attention goes to another version of the fused kernel.
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype):
+    pipe = make().to("npu")
+    expected = call(pipe, "npu", latents=latents())
+    with torch.autocast("npu", dtype=dtype), trace() as counted:
+        got = call(pipe, "npu", latents=latents())
+    short = str(dtype).removeprefix("torch.")
+    assert counted.casts[f"float32 -> {short}"] > 10
+    assert torch.isfinite(got).all()
+    error = (got.float() - expected).abs().max().item()
+    assert 0 < error < 64 * torch.finfo(dtype).eps

@@ -33,6 +33,10 @@ def require_dtype(operator: str, name: str, tensor: Tensor, allowed: Iterable[to
     if tensor.dtype not in allowed:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise refuse(operator, f"{name} has dtype {tensor.dtype}; supported: {names}")
+    if tensor.dtype == torch.bfloat16:
+        from mindiesd.emulator.ops import soc
+
+        require(not soc.is_310p(), operator, f"{name} is bfloat16, which Ascend310P does not have")
 
 
 def not_emulated(operator: str, feature: str) -> NotImplementedError:

@@ -94,6 +94,7 @@ class FusionCall:
             operator,
             f"sequence lengths must be 1..1M, got {self.sq} and {self.skv}",
         )
+        require(self.batch <= 2 << 20, operator, f"batch must be at most 2M, got {self.batch}")
 
 
 def check_common(operator: str, padding: Tensor | None, keep_prob: float, precise: int) -> None:
@@ -261,7 +262,11 @@ def _varlen(
         q_at, kv_at = q.stop, kv.stop
         if sq == 0 or skv == 0:
             continue  # no keys: the output stays 0
-        part = mask[:sq, :skv] if mask is not None and mode in (0, 1) else mask
+        part = mask
+        if mask is not None and mode in (0, 1):
+            part = mask[:sq, :skv]
+            empty = bool(part.bool().all(-1).any())
+            require(not empty, call.operator, "atten_mask leaves a row of layout TND without a key")
         masked = masked_out(call.operator, part, mode, pre, post, sq, skv, 1)
         done = attend(
             call.q[:, :, q],
@@ -500,6 +505,8 @@ def npu_fusion_attention_v3(
 ) -> tuple[Any, ...]:
     """v3: as v1, with sequence lengths as int64 tensors; what torch_npu's SDPA calls."""
     operator = "npu_fusion_attention_v3"
+    if soc.is_950():
+        raise refuse(operator, "not supported on Ascend950")
     done = _attention(
         operator,
         query,

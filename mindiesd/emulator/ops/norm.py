@@ -56,7 +56,7 @@ def npu_rms_norm(input: Tensor, gamma: Tensor, epsilon: float = 1e-6) -> tuple[T
     the schema).
     """
     operator = "npu_rms_norm"
-    require(1 <= input.dim() <= 8, operator, f"input must have 1..8 dimensions: {input.dim()}")
+    require(2 <= input.dim() <= 8, operator, f"input must have 2..8 dimensions: {input.dim()}")
     _check_gamma(operator, input, gamma, mixed=True)
     y, rstd = _rms(input, gamma, epsilon)
     return y.to(input.dtype), rstd
