@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
+from tests.emulator.tiny_models import images
 from tests.emulator.tiny_models.tiny import Tiny, randn
 from tests.emulator.tiny_models.unets import unet
 
@@ -15,6 +18,11 @@ _CONTROL = {
     "layers_per_block": 1,
     "conditioning_embedding_out_channels": (8, 8, 16, 16),
 }
+
+
+def _with_a_transformer(model: Any) -> None:
+    """Give Z-Image's ControlNet the transformer's embedders, as its pipeline does."""
+    model.from_transformer(model, images.MODELS["z_image"].build())
 
 
 MODELS: dict[str, Tiny] = {
@@ -230,5 +238,25 @@ MODELS: dict[str, Tiny] = {
             "num_x2_adapter_blocks": 1,
         },
         lambda: {"latents": randn(1, 8, 2, 4, 4), "scale": 2},
+    ),
+    "controlnet_z_image": Tiny(
+        "ZImageControlNetModel",
+        {
+            "control_layers_places": [0],
+            "control_refiner_layers_places": [0],
+            "control_in_dim": 16,
+            "add_control_noise_refiner": "control_noise_refiner",
+            "dim": 16,
+            "n_refiner_layers": 1,
+            "n_heads": 1,
+            "n_kv_heads": 2,
+        },
+        lambda: {
+            "x": [randn(16, 1, 4, 4)],
+            "t": torch.tensor([0.5]),
+            "cap_feats": [randn(8, 16)],
+            "control_context": [randn(16, 1, 4, 4)],
+        },
+        prepare=_with_a_transformer,
     ),
 }
