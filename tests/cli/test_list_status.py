@@ -29,7 +29,7 @@ def test_list_as_a_table_on_a_terminal(runner):
         os.execve(
             runner.launcher[0],
             [*runner.launcher, "--list"],
-            {**runner.env, "COLUMNS": "400", "TERM": "xterm"},
+            {**runner.env, "COLUMNS": "600", "TERM": "xterm"},
         )
     os.close(write)
     seen = b""
