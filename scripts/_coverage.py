@@ -41,8 +41,8 @@ class Run:
 def measure(model: Any, tiny: Any, expected: Any) -> Run:
     """Forward ``model`` once under a trace and compare with ``expected``, the CPU's result."""
     import torch
+    from _counts import counting
 
-    from scripts._counts import counting
     from tests.emulator.tiny_models import first_tensor, move
 
     inputs = move(tiny.make_inputs(), lambda tensor: tensor.to("npu"))

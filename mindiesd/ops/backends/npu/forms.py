@@ -127,6 +127,10 @@ def full(mask: AttentionMask | None, call: Call, device: torch.device) -> Tensor
     given = mask
 
     def build() -> Tensor:
+        if given.keep is not None and given.bias is None and call.band is None:
+            # Inverted while it is expanded, in one launch.
+            whole = _four(given.keep).expand(*_spread(call), call.queries, call.keys)
+            return (~whole).contiguous()
         return _full(call, _masked_out(given, call))
 
     frozen = call.frozen or not _kept(mask)

@@ -142,15 +142,14 @@ def _launch(
         dim += -dim % 4
         value_dim += -value_dim % 4
     dim = max(call.dim, dim)
-    arguments = (
+    arguments = [
         into(query, call, layout, dim),
         into(key, call, layout, dim),
         into(value, call, layout, value_dim),
-    )
+    ]
     if call.bias:
         # Without the kernel there would be no copies of strided tensors: they are made in sight.
-        query_in, key_in, value_in = arguments
-        arguments = (query_in.contiguous(), key_in.contiguous(), value_in.contiguous())
+        arguments = [tensor.contiguous() for tensor in arguments]
     out: Tensor = getattr(torch.ops.npu, name)(
         *arguments, call.heads, layout, scale=scale, inner_precise=precise, **options
     )[0]
