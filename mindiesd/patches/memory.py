@@ -33,7 +33,7 @@ TOTAL = 256 << 20
 _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buffer") else (Tensor,)
 
 _dynamo: Callable[[], bool] = torch.compiler.is_dynamo_compiling
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # type: ignore[attr-defined]
+_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
