@@ -183,6 +183,30 @@ def test_diffusers_rope(dtype, table_dtype, sequence_dim, unbind, sizes, dim, vi
     assert_same_outcome(ours, ORIGINALS["rope"](x, (cos, sin), **kwargs))
 
 
+def test_rope_calls_that_stay_with_the_original() -> None:
+    from mindiesd.patches.rope import forms, kept, shared
+
+    migration = mindiesd.patch_all(only="diffusers_rope")
+    x = torch.randn(1, 2, 3, 8)
+    table = torch.randn(3, 8)
+    complex_table = torch.polar(torch.ones(1, 2, 4), torch.randn(1, 2, 4))
+    calls = [
+        ((x, complex_table.to(torch.complex128)), {"use_real": False}, forms.FLOAT64),
+        ((x, complex_table[:, :1]), {"use_real": False}, kept.TABLE_SHAPE),
+        ((x[0], (table, table)), {}, shared.LAYOUT),
+        ((x, (table, table)), {"sequence_dim": 3}, shared.LAYOUT),
+        ((x, (table[:2], table[:2])), {}, kept.TABLE_SHAPE),
+        ((x, (table.double(), table.double())), {}, law.DTYPE),
+        ((x.clone().requires_grad_(), (table, table)), {}, law.GRADIENTS),
+        ((x, table), {}, law.UNUSUAL_ARGUMENT),
+    ]
+    for args, kwargs, reason in calls:
+        theirs = outcome(ORIGINALS["rope"], *args, **kwargs)
+        assert_same_outcome(outcome(embeddings.apply_rotary_emb, *args, **kwargs), theirs)
+        assert entry(migration, "diffusers_rope").fell_back.get(reason), reason
+    assert entry(migration, "diffusers_rope").redirected == 0
+
+
 def test_norm_calls_that_stay_with_the_original() -> None:
     migration = mindiesd.patch_all()
     x = torch.randn(2, 4, 8)
