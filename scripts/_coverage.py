@@ -18,6 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import _matrix
+import _seen
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -74,6 +77,7 @@ class Row:
     after: Run
     redirected: int
     fell_back: dict[str, int]
+    cells: dict[str, _matrix.Cell]
 
 
 def rows(only: list[str]) -> list[Row]:
@@ -91,7 +95,7 @@ def rows(only: list[str]) -> list[Row]:
         if only and name not in only:
             continue
         model = tiny.build()
-        with torch.no_grad(), without_torch_npu():
+        with torch.no_grad(), without_torch_npu(), _seen.watching() as seen:
             expected = first_tensor(model(**tiny.make_inputs()))
         model = model.to("npu")
         before = measure(model, tiny, expected)
@@ -100,13 +104,14 @@ def rows(only: list[str]) -> list[Row]:
         migration.forget_counts()
         after = measure(model, tiny, expected)
         report = migration.report()
+        cells = _matrix.cells(seen, *_matrix.outcomes(migration))
         mindiesd.unpatch_all()
         fell_back: dict[str, int] = {}
         for patch in report.patches:
             for reason, count in patch.fell_back.items():
                 key = f"{patch.name}: {reason}"
                 fell_back[key] = fell_back.get(key, 0) + count
-        found.append(Row(name, before, after, report.redirected, fell_back))
+        found.append(Row(name, before, after, report.redirected, fell_back, cells))
         print(f"{name}: {before.launches} -> {after.launches}", file=sys.stderr, flush=True)
     return found
 
@@ -133,14 +138,18 @@ def unknown() -> list[str]:
     return sorted(found - {tiny.cls for tiny in MODELS.values()})
 
 
+def versions() -> str:
+    """The packages that the figures depend on."""
+    return ", ".join(
+        f"{name} {metadata.version(name)}"
+        for name in ("torch", "torch_npu", "diffusers", "transformers")
+    )
+
+
 def page(found: list[Row]) -> str:
     """The table, with the sums above it."""
     from tests.emulator.tiny_models import UNCONFIGURED
 
-    versions = ", ".join(
-        f"{name} {metadata.version(name)}"
-        for name in ("torch", "torch_npu", "diffusers", "transformers")
-    )
     both = [row for row in found if not row.before.failed and not row.after.failed]
     ran = sum(not row.after.failed for row in found)
     ran_before = sum(not row.before.failed for row in found)
@@ -174,7 +183,7 @@ def page(found: list[Row]) -> str:
         "larger tensor (one projection's q, k and v), whose row strides no layout can say.",
         "",
         f"Made by `.venv-npu/bin/python scripts/_coverage.py --write docs/coverage.md` with "
-        f"{versions}.",
+        f"{versions()}.",
         "",
         f"- models that run: {ran_before} → {ran} of {len(found)}",
         f"- launches: {before} → {after}, {after / before:.1%} of unpatched",
@@ -215,11 +224,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of models")
     parser.add_argument("--write", type=Path, help="also write the page to this file")
+    parser.add_argument("--matrix", type=Path, help="write the matrix of operations to this file")
     options = parser.parse_args()
-    text = page(rows(options.only))
+    found = rows(options.only)
+    text = page(found)
     print(text)
     if options.write:
         options.write.write_text(text, encoding="utf-8")
+    if options.matrix:
+        command = (
+            ".venv-npu/bin/python scripts/_coverage.py --write docs/coverage.md "
+            "--matrix docs/matrix.md"
+        )
+        models = [
+            (
+                row.name,
+                f"{row.before.launches} → {row.after.launches}",
+                row.cells,
+                f"{row.after.error:.0e}",
+            )
+            for row in found
+        ]
+        options.matrix.write_text(_matrix.page(models, versions(), command), encoding="utf-8")
 
 
 if __name__ == "__main__":

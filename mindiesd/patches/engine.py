@@ -209,7 +209,14 @@ class Engine:
             _, _, value = wrapt.resolve_path(state.patch.module, state.patch.attribute)
         except (ImportError, AttributeError):
             return False
-        return any(value is swap.new for swap in state.replaced)
+        # Another record with the same target may stand over ours.
+        over = {id(swap.new): swap for other in self._states.values() for swap in other.replaced}
+        while True:
+            if any(value is swap.new for swap in state.replaced):
+                return True
+            if id(value) not in over:
+                return False
+            value = over[id(value)].old
 
     def _install(self, patches: Iterable[Patch], swept: bool) -> None:
         fresh: dict[int, sweep.Swap] = {}
@@ -320,7 +327,8 @@ class Engine:
     def _uninstall(self, states: Iterable[State]) -> list[str]:
         back: dict[int, sweep.Swap] = {}
         lost: list[str] = []
-        for state in states:
+        # Of two records with one target, the later one's original is the earlier one's replacement.
+        for state in reversed(list(states)):
             self._withdraw(state)
             shared = [swap for swap in state.replaced if _may_be_held(state, swap)[1]]
             for holder in reversed(state.holders):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import import_module
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import NamedTuple
 
 from mindiesd.errors import ParametersInvalid
@@ -123,11 +123,13 @@ class Left(NamedTuple):
 
 def left() -> dict[str, tuple[Left, ...]]:
     """By family, what was looked at and is left alone."""
-    found = {
-        family: getattr(import_module(f"mindiesd.patches.{family}"), "LEFT", ())
-        for family in FAMILIES
-    }
+    found = {family: getattr(_home(family), "LEFT", ()) for family in FAMILIES}
     return {family: targets for family, targets in found.items() if targets}
+
+
+def _home(family: str) -> ModuleType:
+    """The module that holds a family's records."""
+    return import_module(f"mindiesd.patches.{_SHARED.get(family, family)}")
 
 
 @cache
@@ -135,8 +137,7 @@ def records() -> tuple[Patch, ...]:
     """All records, in the order in which they are installed and listed."""
     found: list[Patch] = []
     for family in FAMILIES:
-        home = import_module(f"mindiesd.patches.{_SHARED.get(family, family)}")
-        found.extend(record for record in home.RECORDS if record.family == family)
+        found.extend(record for record in _home(family).RECORDS if record.family == family)
     return tuple(found)
 
 

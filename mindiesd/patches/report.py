@@ -20,6 +20,9 @@ SCHEMA = 2
 DISTRIBUTIONS = ("torch", "torch_npu", "diffusers", "transformers", "wrapt")
 """The packages whose versions decide what a patch may assume."""
 
+_NAMED = 12
+"""So many patches of which there is nothing to tell are named in the table for people."""
+
 _STATUS_ORDER = ("applied", "provided", "pending", "skipped")
 
 
@@ -279,13 +282,27 @@ def _quiet_because(patch: PatchReport) -> str:
         return "applied, never called"
     if patch.status == "pending":
         return "pending, module never imported"
+    if patch.status == "provided":
+        return "provided, never called"
     return f"{patch.status}, {patch.reason}"
+
+
+def _together(patches: list[PatchReport]) -> str:
+    """Their names; of many that were not skipped, how many each family has."""
+    if len(patches) <= _NAMED or patches[0].status == "skipped":
+        return ", ".join(patch.name for patch in patches)
+    families: dict[str, int] = {}
+    for patch in patches:
+        families[patch.family] = families.get(patch.family, 0) + 1
+    return ", ".join(f"{family} {count}" for family, count in families.items())
 
 
 def _remarks(patch: PatchReport) -> list[str]:
     remarks = [f"{patch.target} → {patch.becomes}"]
     if patch.reason:
         remarks.append(patch.reason)
+    if patch.status == "applied" and not (patch.redirected or patch.traced or patch.fell_back):
+        remarks.append("never called")
     if patch.traced:
         remarks.append(f"{_spaced(patch.traced)} calls compiled into graphs")
     remarks += [
@@ -333,10 +350,10 @@ def render(report: Report, width: int | None = None, color: bool = False) -> str
     table.add_column("fell back", justify="right", no_wrap=True)
     table.add_column("target and remarks", overflow="fold")
     styles = {"applied": "green", "provided": "green", "pending": "yellow", "skipped": "red"}
-    quiet: dict[str, list[str]] = {}
+    quiet: dict[str, list[PatchReport]] = {}
     for patch in report.patches:
         if _is_quiet(patch):
-            quiet.setdefault(_quiet_because(patch), []).append(patch.name)
+            quiet.setdefault(_quiet_because(patch), []).append(patch)
             continue
         table.add_row(
             patch.name,
@@ -351,10 +368,9 @@ def render(report: Report, width: int | None = None, color: bool = False) -> str
     console.print(report.summary(), highlight=False, markup=False)
     if table.row_count:
         console.print(table)
-    for because, names in quiet.items():
-        console.print(
-            f"{because} ({len(names)}): {', '.join(names)}", highlight=False, markup=False
-        )
+    for because, patches in quiet.items():
+        text = f"{because} ({len(patches)}): {_together(patches)}"
+        console.print(text, highlight=False, markup=False)
     for note in report.notes:
         console.print(f"note: {note}", highlight=False, markup=False)
     return out.getvalue().rstrip() + "\n"

@@ -39,7 +39,10 @@ def test_a_table(runner):
     runner.fake_torch()
     done = runner.launch("--report", "-c", "import torch; print('out')")
     assert done.out == "out\n"
-    assert all(record.name in done.err for record in records() if not record.by_name_only)
+    selected = [record for record in records() if not (record.by_name_only or record.option)]
+    text = " ".join(done.err.split())
+    assert all(f"{record.family} " in text for record in selected if not record.provides)
+    assert all(record.name in text for record in selected if record.provides)
     assert done.err.count("mindiesd: 0 patches") == 1
 
 

@@ -119,7 +119,9 @@ def test_reading_does_not_take_one_operator_for_another():
         _schemas.read(b"\0f(int a) -> int\0f(int b) -> int\0", ["f"])
 
 
-@pytest.mark.parametrize("call", [c for c in CALLS if len(c.operators) == 1], ids=str)
+@pytest.mark.parametrize(
+    "call", [c for c in CALLS if len(c.operators) == 1], ids=lambda call: call.where
+)
 @pytest.mark.parametrize("release", FILES)
 def test_written_calls(call, release):
     (operator,) = call.operators

@@ -62,7 +62,7 @@ def test_wrong_calls_give_the_original_and_are_named(wrong_rms_norm: list[int]) 
     (failure,) = report.failed_verification
     assert __file__ in failure
     assert "float32[4, 64] on cpu" in failure
-    text = str(migration.report())
+    text = " ".join(str(migration.report()).split())
     assert "FAILED verification" in text and "1 lines FAILED" in text
 
 

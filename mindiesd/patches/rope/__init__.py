@@ -6,23 +6,10 @@ text encoders of transformers. :data:`LEFT` names the functions that are not red
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from mindiesd.patches.registry import Left
 from mindiesd.patches.rope import encoders, models, shared
 
 RECORDS = (*shared.RECORDS, *models.RECORDS, *encoders.RECORDS)
-
-
-class Left(NamedTuple):
-    """A rotary function that is not redirected.
-
-    Attributes:
-        target: its dotted name.
-        reason: why it stays as it is.
-    """
-
-    target: str
-    reason: str
 
 
 LEFT = (
