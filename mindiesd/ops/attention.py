@@ -145,7 +145,7 @@ def attend(
         mask = AttentionMask(attn_mask, None, None)
     else:
         mask = AttentionMask(None, attn_mask, None)
-    if query.is_cpu or query.is_cuda:
+    if query.is_cpu:
         return native.attention(query, key, value, mask, scale, head_first, kernel)
     if measure:
         kernel = MEASURED

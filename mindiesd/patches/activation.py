@@ -262,7 +262,7 @@ def build_elementwise(original: Any, site: Site) -> Callable[..., Any]:
             reason = refusal(self, input)
             if reason is None:
                 if kind == "fast":
-                    if input.is_cpu or input.is_cuda:
+                    if input.device.type in _ATEN:
                         reason = NO_KERNEL
                 elif kind == "held" and self.act is not builtin:
                     reason = OTHER_ACTIVATION
@@ -272,6 +272,10 @@ def build_elementwise(original: Any, site: Site) -> Callable[..., Any]:
         return kept
 
     return forward
+
+
+# Not `is_cuda`: transfer_to_npu makes it say yes of tensors on an NPU.
+_ATEN = ("cpu", "cuda")
 
 
 def build_approximate(original: Any, site: Site) -> Callable[..., Any]:
@@ -285,7 +289,7 @@ def build_approximate(original: Any, site: Site) -> Callable[..., Any]:
     def forward(self: Any, x: Tensor) -> Tensor:
         if site.everywhere or site.in_force():
             reason = refusal(self, x)
-            if reason is None and (x.is_cpu or x.is_cuda):
+            if reason is None and x.device.type in _ATEN:
                 reason = NO_KERNEL
             if site.takes(reason):
                 return activation.gelu(self.proj(x), "fast")

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from mindiesd.patches.cuda_names import of_npu, translated
+from tests.processes import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -340,3 +341,27 @@ def test_translated_calls():
         (("npu:0", True), {}),
     ]
     assert (call.__name__, call.__doc__, call.__wrapped__) == ("target", "What it does.", target)
+
+
+def test_tensors_that_call_themselves_cuda_are_computed_by_the_npus_kernels() -> None:
+    """``transfer_to_npu`` makes ``is_cuda`` true of every tensor on the NPU."""
+    run_python(
+        """
+        from mindiesd.emulator import start, trace
+        start()
+        import torch, mindiesd
+        import torch.nn.functional as F
+        mindiesd.patch_all(device=True)
+        x = torch.randn(1, 2, 16, 32, device="cuda", dtype=torch.bfloat16)
+        assert x.is_cuda and x.device.type == "npu"
+        from mindiesd.ops.backends import backend_of
+        assert backend_of(x).__name__.endswith(".npu"), backend_of(x)
+        bias = torch.randn(1, 2, 16, 16, device="cuda", dtype=torch.bfloat16)
+        with torch.no_grad(), trace() as counted:
+            F.rms_norm(x, (32,))
+            F.scaled_dot_product_attention(x, x, x, attn_mask=bias)
+        assert counted.launches["npu::npu_rms_norm"] == 1, counted.launches
+        assert any("attention" in name for name in counted.launches), counted.launches
+        assert not any("softmax" in name for name in counted.launches), counted.launches
+        """
+    )

@@ -23,12 +23,13 @@ CASTS = 2
 COMPLEX = 1
 # Launches beside the kernel and the casts, per rotated tensor.
 MORE = {
-    "minimax_h3_rope": 1,  # channels that stay are concatenated
-    "minimax_music3_rope": 1,
-    "stable_audio3_rope": 1,
-    "autoencoder_same_rope": 1,
-    "phi3_rope": 1,
-    "glm_rope": 1,
+    # The channels that are rotated are taken out of the rows, those that stay concatenated.
+    "minimax_h3_rope": 2,
+    "minimax_music3_rope": 2,
+    "stable_audio3_rope": 2,
+    "autoencoder_same_rope": 2,
+    "phi3_rope": 2,
+    "glm_rope": 2,
     "allegro_rope": 1,  # a view of thirds, of heads that are not in one piece
 }
 

@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mindiesd.ops.backends.npu import soc
+from mindiesd.ops.backends.npu import inventory, soc
 from mindiesd.ops.backends.npu.call import within_float32
 from mindiesd.ops.sparse import gathered
 from mindiesd.ops.sparse.selection import BLOCK, Selection
 
+NAME = "npu_block_sparse_attention"
 DTYPES = (torch.float16, torch.bfloat16)
 _DIMS = (64, 128)
 
@@ -35,6 +36,8 @@ def refusal(
     """
     if series not in (soc.A2, soc.A3):
         return "the kernel is not on this series"
+    if not inventory.has(NAME):
+        return "the installed torch_npu does not have the kernel"
     if query.dtype not in DTYPES:
         return "dtype is not float16 or bfloat16"
     if not 1 <= max(query.shape[-1], value.shape[-1]) <= _DIMS[-1]:

@@ -9,7 +9,11 @@ from __future__ import annotations
 
 import torch
 
-NEWER = ("npu_fusion_attention_v2", "npu_fusion_attention_v3")
+NEWER = (
+    "npu_block_sparse_attention",
+    "npu_fusion_attention_v2",
+    "npu_fusion_attention_v3",
+)
 """Operators that not every supported torch_npu has."""
 
 _known: dict[str, bool] = {}

@@ -149,7 +149,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     # A transposed view is rotated in the order of its memory. The other order may be inside the
     # limits where the first is not, and costs a copy.
     orders: tuple[bool, ...] = (False, True)
-    if x.dim() != 4:
+    if x.dim() != 4 or cos.dim() != 4 or sin.dim() != 4:
         orders = (False,)
     elif not x.is_contiguous() and turned(x):
         orders = (True, False)
