@@ -14,6 +14,7 @@ import gc
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
 from typing import Any, NamedTuple
 
@@ -299,12 +300,22 @@ def describe_holders(
                 owner.__globals__.get("__name__", "") if isinstance(owner, FunctionType) else None
             )
             if isinstance(owner, FunctionType) and not skip(str(home)):
-                cells = owner.__closure__ or ()
+                cells = zip(owner.__code__.co_freevars, owner.__closure__ or (), strict=True)
                 note(
-                    [cell.cell_contents for cell in cells if id(cell) in containers],
+                    [
+                        cell.cell_contents
+                        for name, cell in cells
+                        # What stands in an original's place has its globals, but our code or names.
+                        if id(cell) in containers
+                        and not name.startswith("_mindiesd_")
+                        and not owner.__code__.co_filename.startswith(_PACKAGE)
+                    ],
                     f"the closure of {_home(owner)}.{owner.__qualname__}",
                 )
     return {name: sorted(places) for name, places in found.items()}
+
+
+_PACKAGE = str(Path(__file__).resolve().parent.parent)
 
 
 def _items(container: Any) -> list[Any]:
