@@ -88,11 +88,11 @@ def _packed(name: str, target: str) -> Patch:
 
 # Digest of the source -> the kind of GELU it is.
 GELUS = {
-    "9d0b9dd7175386e1": "tanh",
-    "4caa3bda3218009e": "tanh",
-    "1f9121cf6b0ae2dd": "tanh",
-    "95ac42583b210778": "fast",
-    "618093a6bcb89521": "held",
+    "ef08ffeec9c5d261": "tanh",
+    "7000ee2c14903e58": "tanh",
+    "0c8002518194ca68": "tanh",
+    "21a126ac25dd0b91": "fast",
+    "8247164c55d55eab": "held",
 }
 
 RECORDS = (
@@ -283,7 +283,7 @@ def build_approximate(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import activation
 
-    _known(original, site, {"fff5a1105df6ebd4": None})
+    _known(original, site, {"751c838fa01c5112": None})
     refusal = _common()
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def build_geglu(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import activation
 
-    _, parts = _known(original, site, {"d4cf1a6d4dd82c99": None})
+    _, parts = _known(original, site, {"fd88e7d259e2da66-3e6f0615afa422a2": None})
     ((_, own_gelu),) = parts
     refusal = _common()
 
@@ -350,7 +350,7 @@ def build_swiglu(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import activation
 
-    _known(original, site, {"a9b3280543e1e275": None, "f28b14a484bbf96b": None})
+    _known(original, site, {"0fac3ff5dac279fb": None, "d332e98bf58aa8a9": None})
     refusal, plain_silu = _common(), _plain_silu()
 
     def forward(self: Any, x: Tensor) -> Tensor:
@@ -374,7 +374,7 @@ def build_packed(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import activation
 
-    _known(original, site, {"e8d404cbecb96285": None})
+    _known(original, site, {"128df1ae62344efa": None})
     refusal, plain_silu = _common(), _plain_silu()
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:

@@ -43,26 +43,26 @@ class Form(NamedTuple):
     flag: str = ""
 
 
-# Digest of the source -> form. Most were found unchanged in transformers 4.51, 4.57 and 5.23, and
-# in diffusers 0.35, 0.36, 0.38 and 0.42.
+# Digest of the source -> form. Those of classes that are older than these versions were found
+# unchanged in transformers 4.51, 4.57 and 5.23, and in diffusers 0.35, 0.36 and 0.38 to 0.42.
 FORMS = {
     # weight * normed.to(input dtype): Llama's, and nearly everybody's.
-    "9635bcd843f309a0": Form(PROMOTED),
+    "d04c142a3a7e75d5": Form(PROMOTED),
     # Rounds the norm to a half-precision weight's dtype: T5's.
-    "3152525beceb0d02": Form(WEIGHT),
+    "516090faca5502fc": Form(WEIGHT),
     # (weight * normed).to(input dtype): OLMo's, GPT-OSS's.
-    "eef4e978a32aa4a4": Form(INPUT),
+    "b659cd554fbcc4f7": Form(INPUT),
     # normed * (1 + weight) in float32: Gemma's.
-    "e5559c7750c32d00": Form(INPUT, "eps", centred=True),
+    "20a28aa6c9fa3a74-4a131bc3cb406781": Form(INPUT, "eps", centred=True),
     # Gemma 3n's and 4's: the weight itself, or none.
-    "e0fd214fdd791989": Form(INPUT, "eps", flag="with_scale"),
+    "b1716f1d643e71e1-cec46ae479edbdba": Form(INPUT, "eps", flag="with_scale"),
     # diffusers: Mochi, Kolors' ChatGLM, Cosmos 3, Krea 2, Qwen-Image 2.1, Stable Audio 3.
-    "62c6e606eee342a3": Form(INPUT, "eps"),
-    "d68d83ff53eb9824": Form(INPUT, "eps"),
-    "de02ce75d4ba5e21": Form(INPUT, "eps"),
-    "3a8bd01c3f38086f": Form(INPUT, "eps", centred=True),
-    "325fcb3971507a8d": Form(INPUT, "eps", centred=True),
-    "c4eab5baa165de29": Form(INPUT, "eps", weight="gamma"),
+    "66da7a7060faf765": Form(INPUT, "eps"),
+    "d7da0402ca5fa610": Form(INPUT, "eps"),
+    "222f33e471b29f44": Form(INPUT, "eps"),
+    "1b4c436cdd1e307d": Form(INPUT, "eps", centred=True),
+    "74b2c471d9825eed": Form(INPUT, "eps", centred=True),
+    "38997936106624d6": Form(INPUT, "eps", weight="gamma"),
 }
 
 # The classes of diffusers, and those of transformers that its pipelines use: module, class, and the

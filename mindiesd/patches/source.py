@@ -3,13 +3,13 @@
 Libraries copy small classes from file to file, a norm or a gate a hundred times, and now and then
 one copy differs in a sign. Two functions whose digests are equal do the same, whatever file, class
 or version they stand in: the digest is taken over the parsed source of the function and of the
-methods of its class that it calls, without comments, docstrings and annotations.
+methods of its class that it calls, without comments, docstrings and annotations
+(:func:`mindiesd.patches.rewriting.pattern.fingerprint`).
 """
 
 from __future__ import annotations
 
 import ast
-import hashlib
 import inspect
 import linecache
 import textwrap
@@ -18,6 +18,7 @@ from types import CodeType, FunctionType
 from typing import Any, NamedTuple
 
 from mindiesd.patches import law
+from mindiesd.patches.rewriting.pattern import fingerprint
 
 
 class Unrecognised(law.SignatureChanged):
@@ -28,7 +29,8 @@ class Method(NamedTuple):
     """What the source of a method says.
 
     Attributes:
-        digest: sixteen hexadecimal digits, the same for methods that are written alike.
+        digest: sixteen hexadecimal digits for the method and for each part, the same for methods
+            that are written alike, on every version of Python.
         parts: the methods of the same class that it calls on itself, by name. They are part of the
             digest, so a replacement must make sure that no subclass has others.
     """
@@ -63,8 +65,7 @@ def read(function: Any, module: str, attribute: str) -> Method:
         ):
             parts[node.func.attr] = vars(owner)[node.func.attr]
     trees = [tree, *map(_parse, parts.values())]
-    text = "\n".join(ast.unparse(_Bare().visit(tree)) for tree in trees)
-    return Method(hashlib.sha256(text.encode()).hexdigest()[:16], tuple(parts.items()))
+    return Method("-".join(map(fingerprint, trees)), tuple(parts.items()))
 
 
 def _parse(function: Any) -> ast.AST:
@@ -81,8 +82,9 @@ def _parse(function: Any) -> ast.AST:
             tree = _tree(inspect.getblock(lines))
     except (AttributeError, IndexError, SyntaxError) as error:
         raise Unrecognised("its source cannot be read") from error
-    if not _loaded(tree, code):
+    if not isinstance(tree, ast.FunctionDef) or not _loaded(tree, code):
         raise Unrecognised("its source is not the code that is loaded")
+    tree.decorator_list = []
     return tree
 
 
@@ -126,23 +128,3 @@ def _indented(lines: list[str]) -> list[str]:
             return lines[:number]
         started = started or text.startswith("def ")
     return lines
-
-
-class _Bare(ast.NodeTransformer):
-    """Takes out what changes nothing."""
-
-    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
-        self.generic_visit(node)
-        node.decorator_list, node.returns = [], None
-        first = node.body[0]
-        if (
-            len(node.body) > 1
-            and isinstance(first, ast.Expr)
-            and isinstance(first.value, ast.Constant)
-        ):
-            del node.body[0]
-        return node
-
-    def visit_arg(self, node: ast.arg) -> ast.AST:
-        node.annotation = None
-        return node
