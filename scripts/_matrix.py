@@ -18,6 +18,7 @@ _THROUGH = {
     "torch.nn.modules.activation.SiLU.forward": "torch.nn.functional.silu",
     "diffusers.models.activations.GELU.forward": "torch.nn.functional.gelu",
     "diffusers.models.activations.FP32SiLU.forward": "torch.nn.functional.silu",
+    "transformers.activations.SiLUActivation.forward": "torch.nn.functional.silu",
 }
 
 # One kernel of the device already, in every model alike.
@@ -93,15 +94,24 @@ def cells(
                 cell.redirected.append(target)
             elif target in refused or around in refused:
                 cell.left[target] = refused.get(target) or refused[around]
-            elif owner in alone or target in alone or owner.replace(".modules", "") in alone:
-                cell.left[target] = alone.get(owner) or alone.get(target) or "native"
-            elif target in taken:
+            elif {owner, target, _public(owner)} & alone.keys():
+                cell.left[target] = next(
+                    alone[one] for one in (owner, target, _public(owner)) if one in alone
+                )
+            elif target in taken or (target.endswith("rotate_half") and cell.redirected):
                 cell.left[target] = "called by an operation that is redirected as a whole"
             elif target in _NATIVE:
                 cell.left[target] = _NATIVE[target]
             else:
                 cell.unknown.append(target)
     return row
+
+
+def _public(name: str) -> str:
+    """A class of torch as people write it: ``torch.nn.GroupNorm``."""
+    if name.startswith("torch.nn.modules."):
+        return f"torch.nn.{name.rpartition('.')[2]}"
+    return name
 
 
 def page(

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mindiesd import ParametersInvalid
-from mindiesd.patches.front_doors import attention
+from mindiesd.patches.front_doors import composed
 from mindiesd.patches.front_doors import flash_attn as fa
 from tests import oracles
 
@@ -232,15 +232,15 @@ def test_autocast_has_no_say(more) -> None:
 
 
 def test_a_long_window_is_computed_in_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(attention, "_BLOCK", 64)
+    monkeypatch.setattr(composed, "_BLOCK", 64)
     seen = []
-    block = attention._block
+    block = composed._block
 
     def spy(query, key, *rest):
         seen.append((query.shape[2], key.shape[2]))
         return block(query, key, *rest)
 
-    monkeypatch.setattr(attention, "_block", spy)
+    monkeypatch.setattr(composed, "_block", spy)
     q, k, v = (torch.randn(1, 40, 2, 8) for _ in range(3))
     slopes = torch.rand(2)
     given_ = {"softcap": 2.0, "window_size": (3, 1), "softmax_scale": None}

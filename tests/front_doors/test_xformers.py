@@ -101,12 +101,12 @@ def test_block_biases(name, pairs, dtype, equal) -> None:
     kind = ab.EVERY[name]
     if "Padded" in name:
         padding = 9
-        q_info = ab._SeqLenInfo.from_seqlens(n)
-        k_info = ab._PaddedSeqLenInfo.from_seqlens_padded(m, padding)
+        q_info = ab.SeqLenInfo.from_seqlens(n)
+        k_info = ab.PaddedSeqLenInfo.from_seqlens_padded(m, padding)
         starts = [padding * b for b in range(len(m))]
         keys = padding * len(m)
     else:
-        q_info, k_info = ab._SeqLenInfo.from_seqlens(n), ab._SeqLenInfo.from_seqlens(m)
+        q_info, k_info = ab.SeqLenInfo.from_seqlens(n), ab.SeqLenInfo.from_seqlens(m)
         starts, keys = [sum(m[:b]) for b in range(len(m))], sum(m)
     bias = kind(q_seqinfo=q_info, k_seqinfo=k_info, **options)
     keep = torch.zeros(sum(n), keys, dtype=torch.bool)

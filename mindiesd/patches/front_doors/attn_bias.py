@@ -7,15 +7,15 @@ Source: xformers 0.0.35.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mindiesd.ops.masks import TOP_LEFT_CAUSAL, Band
+from mindiesd.patches.front_doors.seqinfo import PaddedSeqLenInfo, SeqLenInfo
 
 Shape = tuple[int, ...]
 
@@ -120,97 +120,11 @@ class LocalAttentionFromBottomRightMask(AttentionBias):
         return Band.window(self.window_left, self.window_right, queries, keys)
 
 
-@dataclass
-class _SeqLenInfo:
-    """Where the sequences of one dimension begin, one behind the other.
-
-    Attributes:
-        seqstart: the beginnings and the end, [B + 1] int32.
-        max_seqlen: the longest.
-        min_seqlen: the shortest.
-        seqstart_py: ``seqstart`` as a list.
-    """
-
-    seqstart: Tensor
-    max_seqlen: int
-    min_seqlen: int
-    seqstart_py: list[int]
-
-    @classmethod
-    def from_seqlens(cls, seqlens: Iterable[int], *, device: Any = None) -> _SeqLenInfo:
-        starts, lengths = [0], list(seqlens)
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        return cls(
-            seqstart=torch.tensor(starts, dtype=torch.int32, device=device),
-            max_seqlen=max(lengths, default=-1),
-            min_seqlen=min(lengths, default=-1),
-            seqstart_py=starts,
-        )
-
-    def to(self, device: Any) -> Any:
-        """The same on another device."""
-        return type(self)(**{**vars(self), "seqstart": self.seqstart.to(device)})
-
-    def intervals(self) -> Iterator[tuple[int, int]]:
-        """Beginning and end of each sequence."""
-        yield from pairwise(self.seqstart_py)
-
-    def split(self, x: Tensor, batch_sizes: Sequence[int] | None = None) -> list[Tensor]:
-        """The sequences of x [1, T, ...]; runs of equal ones, if told, as batches."""
-        if x.shape[0] != 1 or x.shape[1] != self.seqstart_py[-1]:
-            raise ValueError(f"expected [1, {self.seqstart_py[-1]}, ...], got {tuple(x.shape)}")
-        sizes = list(batch_sizes) if batch_sizes is not None else [1] * (len(self.seqstart_py) - 1)
-        parts, at = [], 0
-        for size in sizes:
-            rows = x[:, self.seqstart_py[at] : self.seqstart_py[at + size]]
-            parts.append(rows.reshape(size, -1, *x.shape[2:]))
-            at += size
-        return parts
-
-
-@dataclass
-class _PaddedSeqLenInfo(_SeqLenInfo):
-    """Sequences that each have room for ``padding`` and occupy ``seqlen`` of it."""
-
-    seqlen: Tensor
-    seqlen_py: list[int]
-    padding: int
-
-    @classmethod
-    def from_seqlens_padded(
-        cls, seqlens: Sequence[int], padding: int, *, device: Any = None
-    ) -> _PaddedSeqLenInfo:
-        lengths = list(seqlens)
-        if any(length > padding for length in lengths):
-            raise ValueError(f"lengths {lengths} do not fit into a padding of {padding}")
-        starts = list(range(0, len(lengths) * padding + 1, padding))
-        return cls(
-            seqstart=torch.tensor(starts, dtype=torch.int32, device=device),
-            max_seqlen=max(lengths, default=-1),
-            min_seqlen=min(lengths, default=-1),
-            seqstart_py=starts,
-            seqlen=torch.tensor(lengths, dtype=torch.int32, device=device),
-            seqlen_py=lengths,
-            padding=padding,
-        )
-
-    def to(self, device: Any) -> Any:
-        """The same on another device."""
-        moved = {"seqstart": self.seqstart.to(device), "seqlen": self.seqlen.to(device)}
-        return type(self)(**{**vars(self), **moved})
-
-    def intervals(self) -> Iterator[tuple[int, int]]:
-        """Beginning and end of what each sequence occupies."""
-        for begin, length in zip(self.seqstart_py, self.seqlen_py, strict=False):
-            yield begin, begin + length
-
-
 class _Blocks(AttentionBias):
     """Sequences packed into one row; queries see only keys of their own."""
 
-    q_seqinfo: _SeqLenInfo
-    k_seqinfo: _SeqLenInfo
+    q_seqinfo: SeqLenInfo
+    k_seqinfo: SeqLenInfo
 
     def to(self, device: Any) -> Any:
         """The same bias for tensors on another device."""
@@ -237,8 +151,8 @@ class _Blocks(AttentionBias):
 class BlockDiagonalMask(_Blocks):
     """Sequences packed into one row; queries see only keys of their own sequence."""
 
-    q_seqinfo: _SeqLenInfo
-    k_seqinfo: _SeqLenInfo
+    q_seqinfo: SeqLenInfo
+    k_seqinfo: SeqLenInfo
     _batch_sizes: Sequence[int] | None = None
 
     @classmethod
@@ -250,12 +164,12 @@ class BlockDiagonalMask(_Blocks):
         device: Any = None,
     ) -> Any:
         """The bias of sequences of these lengths; those of the keys are the queries' if None."""
-        q_seqinfo = _SeqLenInfo.from_seqlens(q_seqlen, device=device)
+        q_seqinfo = SeqLenInfo.from_seqlens(q_seqlen, device=device)
         if kv_seqlen is None or list(kv_seqlen) == list(q_seqlen):
             return cls(q_seqinfo=q_seqinfo, k_seqinfo=q_seqinfo)
         if len(kv_seqlen) != len(q_seqlen):
             raise ValueError(f"{len(q_seqlen)} query and {len(kv_seqlen)} key sequences")
-        k_seqinfo = _SeqLenInfo.from_seqlens(kv_seqlen, device=device)
+        k_seqinfo = SeqLenInfo.from_seqlens(kv_seqlen, device=device)
         return cls(q_seqinfo=q_seqinfo, k_seqinfo=k_seqinfo)
 
     @classmethod
@@ -396,8 +310,8 @@ class BlockDiagonalCausalLocalAttentionFromBottomRightMask(BlockDiagonalCausalFr
 class BlockDiagonalPaddedKeysMask(_Blocks):
     """Packed sequences whose keys have room to grow: what is not occupied is not seen."""
 
-    q_seqinfo: _SeqLenInfo
-    k_seqinfo: _PaddedSeqLenInfo
+    q_seqinfo: SeqLenInfo
+    k_seqinfo: PaddedSeqLenInfo
 
     @classmethod
     def from_seqlens(
@@ -523,6 +437,6 @@ def _padded(
     if len(q_seqlen) != len(kv_seqlen):
         raise ValueError(f"{len(q_seqlen)} query and {len(kv_seqlen)} key sequences")
     return {
-        "q_seqinfo": _SeqLenInfo.from_seqlens(q_seqlen, device=device),
-        "k_seqinfo": _PaddedSeqLenInfo.from_seqlens_padded(kv_seqlen, kv_padding, device=device),
+        "q_seqinfo": SeqLenInfo.from_seqlens(q_seqlen, device=device),
+        "k_seqinfo": PaddedSeqLenInfo.from_seqlens_padded(kv_seqlen, kv_padding, device=device),
     }

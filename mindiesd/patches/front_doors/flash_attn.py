@@ -18,7 +18,8 @@ from mindiesd.errors import ParametersInvalid
 from mindiesd.ops import checks
 from mindiesd.ops.attention import check_dimensions, refusal
 from mindiesd.patches.front_doors import attention, kvcache, redirecting
-from mindiesd.patches.front_doors.attention import Result, Rules, rules_of
+from mindiesd.patches.front_doors.attention import rules_of
+from mindiesd.patches.front_doors.composed import Result, Rules
 from mindiesd.patches.scope import Site
 
 VERSION = "2.8.3"

@@ -13,7 +13,8 @@ from typing import Any
 from mindiesd.errors import ParametersInvalid
 from mindiesd.ops import checks
 from mindiesd.patches.front_doors import attention, redirecting
-from mindiesd.patches.front_doors.attention import Result, Rules, rules_of
+from mindiesd.patches.front_doors.attention import rules_of
+from mindiesd.patches.front_doors.composed import Result, Rules
 from mindiesd.patches.front_doors.flash_attn import check_dense
 from mindiesd.patches.scope import Site
 

@@ -17,7 +17,7 @@ from mindiesd.ops import checks
 from mindiesd.ops.attention import check_dimensions
 from mindiesd.ops.varlen import lengths_of, numbers, starts_of
 from mindiesd.patches.front_doors import attention
-from mindiesd.patches.front_doors.attention import Result, Rules
+from mindiesd.patches.front_doors.composed import Result, Rules
 from mindiesd.patches.front_doors.rotary import apply_rotary_emb
 from mindiesd.patches.scope import Site
 

@@ -17,8 +17,8 @@ from mindiesd.errors import ParametersInvalid
 from mindiesd.ops import checks
 from mindiesd.ops.masks import Band, broadcasts
 from mindiesd.patches.front_doors import attention, redirecting
-from mindiesd.patches.front_doors.attention import Result, Rules
 from mindiesd.patches.front_doors.attn_bias import EVERY
+from mindiesd.patches.front_doors.composed import Result, Rules
 from mindiesd.patches.front_doors.flash_attn import check_dense
 from mindiesd.patches.scope import Site
 
