@@ -32,13 +32,8 @@ def use(expected):
     assert ours == expected, (ours, expected)
 
 def counts(migration):
-<<<<<<< HEAD
     every = {patch.name: patch.redirected for patch in migration.report().patches}
     return {name: count for name, count in every.items() if count}
-=======
-    patches = migration.report().patches
-    return {patch.name: patch.redirected for patch in patches if patch.redirected}
->>>>>>> wt-frontdoors
 
 ONCE = {
     "sdpa": 1, "torch_rms_norm": 1, "torch_layer_norm": 1, "fp32_layer_norm": 1,
