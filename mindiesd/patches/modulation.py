@@ -206,7 +206,11 @@ def _rules() -> Iterator[Rewrite]:
 RECORDS, _BY_NAME = records(
     _rules(),
     family="modulation",
-    becomes="mindiesd.layernorm_scale_shift, torch.addcmul",
+    becomes=lambda rule: (
+        "mindiesd.layernorm_scale_shift"
+        if NORM_MODULATE in rule.counts or CAST_NORM_MODULATE in rule.counts
+        else "torch.addcmul"
+    ),
     why="one or two kernels instead of four for a modulated norm, one instead of two for a gate",
     when="tensors of one half or float32 dtype, layer norms without hooks, no gradients",
     numerics="fewer roundings than the expressions have",

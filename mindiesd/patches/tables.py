@@ -80,7 +80,7 @@ RECORDS, _BY_NAME = records(
         for module, qualname, kind in _TABLE
     ),
     family="tables",
-    becomes="what was made before",
+    becomes="mindiesd.patches.memory.MEMORY.recall",
     why="tables that do not change from step to step are made once instead of a dozen kernels each",
     when="inputs that live on and were not written to, outside of inference mode; no gradients",
     numerics="bitwise equal",

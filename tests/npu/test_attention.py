@@ -19,7 +19,7 @@ from tests import oracles
 from tests.npu.cases import FLOATS, HALF, Case, cases, masks, tensor
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(cases())
 def test_any_call(case):
     query, key, value = case.heads_first()
@@ -28,7 +28,7 @@ def test_any_call(case):
     case.check(case.attend())
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(cases(dtypes=HALF, dims=(8, 16, 64)), st.sampled_from([infer, prompt]))
 def test_the_other_kernels_inside_their_limits(case, module):
     query, key, value = case.heads_first()
@@ -40,7 +40,7 @@ def test_the_other_kernels_inside_their_limits(case, module):
         case.check(out if case.head_first else out.transpose(1, 2))
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(cases(dtypes=(torch.float16,), kinds=("bool",)), st.sampled_from(sorted(KERNELS)))
 def test_manual_calls(case, name):
     if name[0] == "ascend_laser_attention":

@@ -27,12 +27,21 @@ def records(
     rules: Iterable[Rewrite],
     *,
     family: str,
-    becomes: str,
+    becomes: str | Callable[[Rewrite], str],
     why: str,
     when: str,
     numerics: str,
 ) -> tuple[tuple[Patch, ...], dict[str, Rewrite]]:
-    """One record for each rule, and the rules by the names of their records."""
+    """One record for each rule, and the rules by the names of their records.
+
+    Args:
+        rules: what is redirected.
+        family: of the records; a module of this package of that name has the ``build``.
+        becomes: as in :class:`Patch`, or what says it of a rule.
+        why: as in :class:`Patch`.
+        when: as in :class:`Patch`.
+        numerics: as in :class:`Patch`.
+    """
     by_name = {name_of(rule): rule for rule in rules}
     return (
         tuple(
@@ -42,7 +51,7 @@ def records(
                 module=rule.module,
                 attribute=rule.qualname,
                 after=rule.module,
-                becomes=becomes,
+                becomes=becomes if isinstance(becomes, str) else becomes(rule),
                 build=f"mindiesd.patches.{family}:build",
                 reference=INSIDE,
                 why=why,
