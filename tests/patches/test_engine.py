@@ -18,13 +18,9 @@ def test_records_are_complete_and_unique() -> None:
     assert {record.family for record in records()} == set(FAMILIES)
     for record in records():
         assert record.why and record.when and record.numerics and record.requires
-<<<<<<< ours
         # Public functions, or ops that backends implement; or a description.
         for name in record.becomes.split(", "):
             assert " " in name or callable(pkgutil.resolve_name(name)), name
-=======
-        assert callable(pkgutil.resolve_name(record.becomes))
->>>>>>> theirs
 
 
 def test_select_by_name_family_text_and_list() -> None:
