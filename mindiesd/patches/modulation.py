@@ -221,6 +221,7 @@ build = builder(_BY_NAME)
 def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``norm(x) * (1 + scale) + shift``."""
     from diffusers.models.normalization import FP32LayerNorm
+    from torch import float32 as single
     from torch.nn import LayerNorm
 
     from mindiesd.ops import ada_norm
@@ -256,12 +257,14 @@ def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
     def norm_modulate(norm: Any, x: Any, scale: Any, shift: Any) -> Any:
         if type(norm) in kinds:
             reason = refusal(norm, x, scale, shift)
-            if reason is None:
+            # In half precision all in one costs more: it is exact only in float32, so that x, the
+            # parameters and the result are cast.
+            if reason is None and x.dtype is single:
                 site.takes(None)
                 return ada_norm.layer_norm_scale_shift(
                     x, norm.weight, norm.bias, norm.eps, scale, shift
                 )
-            if reason is not HOOKED:
+            if reason is not None and reason is not HOOKED:
                 site.takes(reason)
                 return original(norm, x, scale, shift)
         # Called as ever; what follows may still be one kernel.
