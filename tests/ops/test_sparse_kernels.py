@@ -144,6 +144,23 @@ def test_an_error_in_a_thread_reaches_the_caller():
         torch.set_num_threads(before)
 
 
+def test_threads_stay_alone_after_their_first_operator():
+    """A thread's first operator may take over the process's number, which is the caller's."""
+    seen = []
+
+    def work():
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        seen.append(torch.get_num_threads())
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        Workers().run(work, 100)
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 1]
+
+
 def test_in_inference_mode_with_threads():
     before = torch.get_num_threads()
     torch.set_num_threads(2)

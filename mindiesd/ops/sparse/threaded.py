@@ -13,8 +13,7 @@ saved. Otherwise the maximum is carried along (arXiv 1805.02867). Everything is 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from itertools import count
+from itertools import count, pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,8 +22,10 @@ from torch import Tensor
 from mindiesd.ops.sparse.selection import BLOCK, Selection
 from mindiesd.ops.sparse.workers import WORKERS
 
-# Keys per step: 128 x 1024 float32 scores are as large as a level-2 cache.
+# Keys per step: 128 x 1024 float32 scores, and as many keys, are half a megabyte each.
 _KEYS = 1024
+# Rows given to a thread at once, at most, and tasks to be made of a call, at least.
+_ROWS, _TASKS = 8, 32
 _LOG2E = math.log2(math.e)
 # Largest |score| (base 2), and largest |value|, with which sums of powers cannot overflow float32.
 _SAFE_SCORE, _SAFE_VALUE = 40.0, 1e18
@@ -80,13 +81,21 @@ def attention(
     # Each row keeps a block at least.
     lasts = columns[torch.tensor(ends, device=columns.device) - 1].tolist()
     call = _Call(q, k, v, result, selection, scale, careful, columns, ends, lasts, places, wide)
-    rows = keep.shape[0] * keep.shape[1] * keep.shape[2]
+    rows = keep.shape[2]
+    group = max(1, min(_ROWS, keep.shape[0] * keep.shape[1] * rows // _TASKS))
+    groups = -(-rows // group)
     tickets = count()
+    tasks = keep.shape[0] * keep.shape[1] * groups
 
     def work() -> None:
-        _work(call, tickets, rows)
+        steps = _Steps(call)
+        for ticket in tickets:
+            if ticket >= tasks:
+                return
+            pair, nth = divmod(ticket, groups)
+            steps.rows(pair, nth * group, min(rows, (nth + 1) * group))
 
-    WORKERS.run(work, rows)
+    WORKERS.run(work, tasks)
     return out
 
 
@@ -104,49 +113,55 @@ def _careful(query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[bo
     return [not one for one in safe]
 
 
-def _work(call: _Call, tickets: Iterator[int], rows: int) -> None:
-    """Compute rows until none is left; each thread runs this."""
-    steps = _Steps(call)
-    heads, per_head = call.query.shape[1], call.selection.keep.shape[2]
-    for ticket in tickets:
-        if ticket >= rows:
-            return
-        pair, row = divmod(ticket, per_head)
-        steps.row(*divmod(pair, heads), row, call.careful[pair])
+class _Room(NamedTuple):
+    """Views of one thread's buffers for a number of queries and of keys."""
+
+    scores: Tensor
+    key: Tensor
+    turned: Tensor
+    value: Tensor
+    key_given: Tensor
+    value_given: Tensor
 
 
 class _Steps:
-    """The buffers of one thread, and the steps with them."""
+    """The buffers of one thread, and the steps with them.
+
+    Threads that compute meet at Python's lock between any two operators, views too. So views are
+    made once, rows are cut out of lists, and what can be done for several rows at once is.
+    """
 
     def __init__(self, call: _Call) -> None:
         query, key, value, wide = call.query, call.key, call.value, call.wide
         self.call = call
-        self.shared = query.shape[1] // key.shape[1]
+        self.heads, self.shared = query.shape[1], query.shape[1] // key.shape[1]
         self.dim, self.value_dim = query.shape[-1], value.shape[-1]
         self.half = query.dtype is not wide
         device = query.device
         starts = [0, *call.ends]
-        longest = max(end - begin for begin, end in zip(starts, call.ends, strict=False)) * BLOCK
+        longest = max(end - begin for begin, end in pairwise(starts)) * BLOCK
         self.width = min(_KEYS, longest)
+        self.parts = -(-longest // self.width)
         room = self.width * max(self.dim, self.value_dim)
         self.gathered = torch.empty(room, dtype=query.dtype, device=device)
-        self.widened = torch.empty(room if self.half else 0, dtype=wide, device=device)
+        self.widened = torch.empty(room, dtype=wide, device=device) if self.half else self.gathered
         self.scores = torch.empty(BLOCK * self.width, dtype=wide, device=device)
-        self.sums = torch.empty(BLOCK, self.value_dim, dtype=wide, device=device)
-        self.total = torch.empty(BLOCK, 1, dtype=wide, device=device)
         self.within = torch.arange(BLOCK, device=device)
-        self.pair: tuple[int, int] | None = None
-        self.query = self.key = self.value = self.out = query
+        self.rooms: dict[tuple[int, int], _Room] = {}
 
-    def take(self, source: Tensor, tokens: Tensor) -> Tensor:
-        """Rows of a [S, D] tensor, in the dtype of computation."""
-        rows, dim = tokens.shape[0], source.shape[1]
-        gathered = self.gathered[: rows * dim].view(rows, dim)
-        torch.index_select(source, 0, tokens, out=gathered)
-        if not self.half:
-            return gathered
-        widened = self.widened[: rows * dim].view(rows, dim)
-        return widened.copy_(gathered)
+    def room(self, queries: int, keys: int) -> _Room:
+        """The views for so many queries and keys."""
+        known = self.rooms.get((queries, keys))
+        if known is None:
+            key, value = (
+                self.widened[: keys * dim].view(keys, dim) for dim in (self.dim, self.value_dim)
+            )
+            given = [
+                self.gathered[: keys * dim].view(keys, dim) for dim in (self.dim, self.value_dim)
+            ]
+            scores = self.scores[: queries * keys].view(queries, keys)
+            known = self.rooms[queries, keys] = _Room(scores, key, key.t(), value, *given)
+        return known
 
     def tokens(self, columns: Tensor) -> Tensor:
         """The keys in some blocks."""
@@ -155,34 +170,92 @@ class _Steps:
             return places.index_select(0, columns).view(-1)
         return torch.add(self.within, columns[:, None], alpha=BLOCK).view(-1)
 
-    def row(self, b: int, n: int, row: int, careful: bool) -> None:
-        """The attention of one block of queries."""
-        call = self.call
-        if self.pair != (b, n):
-            self.pair = (b, n)
-            self.query, self.out = call.query[b, n], call.out[b, n]
-            self.key, self.value = call.key[b, n // self.shared], call.value[b, n // self.shared]
-        key, value = self.key, self.value
-        at = (b * call.query.shape[1] + n) * call.selection.keep.shape[2] + row
-        columns = call.columns[call.ends[at - 1] if at else 0 : call.ends[at]]
-        queries, mine = self.queries(row)
-        size, keys = queries.shape[0], key.shape[0]
-        tokens = self.tokens(columns)
-        left = keys % BLOCK
-        last = call.lasts[at]
-        if left and last == call.selection.keep.shape[3] - 1:
-            tokens = tokens[: tokens.shape[0] - (BLOCK - left)]
-        length = tokens.shape[0]
-        # In a causal row the own block, if kept, comes last and is seen in part.
-        own = (columns.shape[0] - 1) * BLOCK if call.selection.causal and last == row else length
+    def rows(self, pair: int, first: int, stop: int) -> None:
+        """The attention of consecutive blocks of queries of one batch and head."""
+        call, selection = self.call, self.call.selection
+        b, n = divmod(pair, self.heads)
+        at = pair * selection.keep.shape[2] + first
+        ends = [call.ends[at - 1] if at else 0, *call.ends[at : at + stop - first]]
+        source, out = call.query[b, n], call.out[b, n]
+        mine: Tensor | None = None
+        if selection.order_q is None:
+            given = source[first * BLOCK : stop * BLOCK]
+        else:
+            mine = selection.order_q[first * BLOCK : stop * BLOCK]
+            given = source.index_select(0, mine)
+        queries = given.to(call.wide)
+        counts = [BLOCK * (end - begin) for begin, end in pairwise(ends)]
+        tokens = torch.split(self.tokens(call.columns[ends[0] : ends[-1]]), counts)
+        sums = queries.new_empty(queries.shape[0], self.value_dim)
+        totals = queries.new_zeros(self.parts, queries.shape[0])
+        parts = list(zip(*(torch.split(part, BLOCK) for part in totals.unbind()), strict=True))
+        key, value = call.key[b, n // self.shared], call.value[b, n // self.shared]
+        each = zip(
+            torch.split(queries, BLOCK), tokens, torch.split(sums, BLOCK), parts, strict=True
+        )
+        for place, (query, keys, row_sums, row_totals) in enumerate(each):
+            self.row(
+                query,
+                key,
+                value,
+                self.existing(keys, call.lasts[at + place]),
+                row_sums,
+                row_totals,
+                # In a causal row the own block, if kept, comes last and is seen in part.
+                counts[place] - BLOCK
+                if selection.causal and call.lasts[at + place] == first + place
+                else counts[place],
+                call.careful[pair],
+            )
+        sums.div_(totals.sum(0)[:, None])
+        if mine is None:
+            out[first * BLOCK : stop * BLOCK].copy_(sums)
+        else:
+            out.index_copy_(0, mine, sums.to(out.dtype))
 
-        factor, sums, total = call.scale * _LOG2E, self.sums[:size], self.total[:size]
+    def existing(self, tokens: Tensor, last: int) -> Tensor:
+        """The keys without those that the last block lacks."""
+        missing = -self.call.key.shape[2] % BLOCK
+        if missing and last == self.call.selection.keep.shape[3] - 1:
+            return tokens[:-missing]
+        return tokens
+
+    def row(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        tokens: Tensor,
+        sums: Tensor,
+        totals: tuple[Tensor, ...],
+        own: int,
+        careful: bool,
+    ) -> None:
+        """The numerators of one block of queries, and the parts of its denominator.
+
+        Args:
+            query: [at most 128, D].
+            key: [Skv, D].
+            value: [Skv, Dv].
+            tokens: which keys.
+            sums: the numerators, written to.
+            totals: zeros, in number enough for each step over the keys; written to.
+            own: where among the tokens the block begins of which query i sees keys up to i.
+            careful: whether the maximum has to be subtracted.
+        """
+        size, length = sums.shape[0], tokens.shape[0]
+        factor = self.call.scale * _LOG2E
         top: Tensor | None = None
-        for start in range(0, length, self.width):
-            some = tokens[start : start + self.width]
+        whole = (tokens,) if length <= self.width else torch.split(tokens, self.width)
+        start = 0
+        for some, total in zip(whole, totals, strict=False):
+            room = self.room(size, some.shape[0])
+            scores = room.scores
+            torch.index_select(key, 0, some, out=room.key_given)
+            if self.half:
+                room.key.copy_(room.key_given)
+            torch.addmm(scores, query, room.turned, beta=0, alpha=factor, out=scores)
             stop = start + some.shape[0]
-            scores = self.scores[: size * some.shape[0]].view(size, -1)
-            torch.addmm(scores, queries, self.take(key, some).t(), beta=0, alpha=factor, out=scores)
             if stop > own:
                 part = scores[:, own - start :]
                 hidden = self.within[: part.shape[1]] > self.within[:size, None]
@@ -192,27 +265,15 @@ class _Steps:
                 if top is not None:
                     highest = torch.maximum(highest, top)
                     shrink = (top - highest).exp2_()
-                    total.mul_(shrink)
+                    for before in totals:
+                        before.mul_(shrink[:, 0])
                     sums.mul_(shrink)
                 top = highest
                 scores.sub_(highest)
             scores.exp2_()
-            if start:
-                total.add_(scores.sum(-1, keepdim=True))
-            else:
-                torch.sum(scores, -1, keepdim=True, out=total)
-            torch.addmm(sums, scores, self.take(value, some), beta=1 if start else 0, out=sums)
-        sums.div_(total)
-        if mine is None:
-            self.out[row * BLOCK : row * BLOCK + size].copy_(sums)
-        else:
-            self.out.index_copy_(0, mine, sums.to(self.out.dtype))
-
-    def queries(self, row: int) -> tuple[Tensor, Tensor | None]:
-        """The queries of a block, and which tokens they are unless in order."""
-        source, order = self.query, self.call.selection.order_q
-        if order is None:
-            own = source[row * BLOCK : (row + 1) * BLOCK]
-            return own.to(self.call.wide), None
-        mine = order[row * BLOCK : (row + 1) * BLOCK]
-        return source.index_select(0, mine).to(self.call.wide), mine
+            torch.sum(scores, -1, out=total)
+            torch.index_select(value, 0, some, out=room.value_given)
+            if self.half:
+                room.value.copy_(room.value_given)
+            torch.addmm(sums, scores, room.value, beta=1 if start else 0, out=sums)
+            start = stop

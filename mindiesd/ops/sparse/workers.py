@@ -69,6 +69,9 @@ def _started(threads: int) -> ThreadPoolExecutor:
     met = threading.Barrier(threads)
 
     def alone() -> None:
+        # A thread's first operator takes over the process's number, which by then is the caller's
+        # again, unless that has happened already: asking for the number does it.
+        torch.get_num_threads()
         torch.set_num_threads(1)
         met.wait()
 
