@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import math
 
 import pytest
 import torch
@@ -274,6 +275,9 @@ def test_every_record_is_rewritten() -> None:
     }
 
 
+DRAWS = 64
+
+
 @settings(max_examples=80, deadline=None)
 @given(
     kind=st.sampled_from(["layer", "fp32", "rms", "torch_rms"]),
@@ -291,45 +295,46 @@ def test_scaled_norms(kind, affine, product, dtype, batch, scales, hidden, seed)
 
     from mindiesd.patches.scope import Site
 
-    torch.manual_seed(seed)
-    norm = {
-        "layer": lambda: torch.nn.LayerNorm(hidden, elementwise_affine=affine, bias=False),
-        "fp32": lambda: FP32LayerNorm(hidden, elementwise_affine=affine, bias=False),
-        "rms": lambda: RMSNorm(hidden, 1e-5, elementwise_affine=affine),
-        "torch_rms": lambda: torch.nn.RMSNorm(hidden, elementwise_affine=affine),
-    }[kind]()
-    for parameter in norm.parameters():
-        torch.nn.init.normal_(parameter)
-    norm.to(dtype)
-    x = (2 * torch.randn(batch, 5, hidden) + 1).to(dtype)
-    shape = {"one": (1, 1), "sample": (batch, 1), "token": (batch, 5)}[scales]
-    scale = torch.randn(*shape, hidden).to(dtype)
-
     def original(norm, x, scale):
         return norm(x) * scale if product else norm(x) * (1 + scale)
 
+    torch.manual_seed(seed)
+    shape = {"one": (1, 1), "sample": (batch, 1), "token": (batch, 5)}[scales]
     site = Site("normalization.LuminaRMSNormZero")
     site.arm()
     build = ada_norm.build_norm_product if product else ada_norm.build_norm_scale
-    with torch.no_grad():
-        ours = build(original, site)(norm, x, scale)
-        theirs = original(norm, x, scale)
-        exact = original(copy.deepcopy(norm).double(), x.double(), scale.double())
+    norm_scale = build(original, site)
+    squares = [0.0, 0.0]
+    # In half precision ours rounds the parameters, the original every element. Which is luckier
+    # differs from one draw to the next; every channel counts alike, or a few large ones decide.
+    for _ in range(DRAWS):
+        norm = {
+            "layer": lambda: torch.nn.LayerNorm(hidden, elementwise_affine=affine, bias=False),
+            "fp32": lambda: FP32LayerNorm(hidden, elementwise_affine=affine, bias=False),
+            "rms": lambda: RMSNorm(hidden, 1e-5, elementwise_affine=affine),
+            "torch_rms": lambda: torch.nn.RMSNorm(hidden, elementwise_affine=affine),
+        }[kind]()
+        for parameter in norm.parameters():
+            torch.nn.init.uniform_(parameter, 0.2, 2)
+        norm.to(dtype)
+        x = (2 * torch.randn(batch, 5, hidden) + 1).to(dtype)
+        # Not so small that float16 has fewer digits for it.
+        scale = (torch.rand(*shape, hidden) + 0.1).to(dtype) * (1 - 2 * torch.randint(2, (hidden,)))
+        with torch.no_grad():
+            ours = norm_scale(norm, x, scale)
+            theirs = original(norm, x, scale)
+            exact = original(copy.deepcopy(norm).double(), x.double(), scale.double())
+        assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
+        for which, result in enumerate((ours, theirs)):
+            error = (result.double() - exact) / (exact.square().mean((0, 1)).sqrt() + 1e-9)
+            squares[which] += error.square().mean().item() / DRAWS
     redirected, _, fell_back = site._own.snapshot()
     if scale.numel() == hidden:
-        assert (redirected, fell_back) == (1, {})
+        assert (redirected, fell_back) == (DRAWS, {})
     else:
-        assert (redirected, fell_back) == (0, {ada_norm.PER_SAMPLE: 1})
-    assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
-    errors = [(t.double() - exact).square().mean().sqrt() for t in (ours, theirs)]
-    assert errors[0] <= 1.1 * errors[1] + 4e-7 * exact.abs().max() + _luck(ours, dtype, exact)
-
-
-def _luck(result: torch.Tensor, dtype: torch.dtype, exact: torch.Tensor) -> float:
-    """Which of two random roundings of a handful of elements is larger says nothing."""
-    if result.numel() > 200:
-        return 0.0
-    return torch.finfo(dtype).eps * exact.abs().max().item()
+        assert (redirected, fell_back) == (0, {ada_norm.PER_SAMPLE: DRAWS})
+    errors = [math.sqrt(square) for square in squares]
+    assert errors[0] <= 1.1 * errors[1] + 4e-7
 
 
 def test_calls_that_stay_with_the_original() -> None:
