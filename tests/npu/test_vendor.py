@@ -178,6 +178,20 @@ def test_layer_norm_by_the_library(loaded, dtype):
     assert len(seen) == 1
 
 
+def test_a_layer_norm_that_needs_gradients_is_not_the_librarys(loaded):
+    given = [torch.randn(s).npu() for s in ((2, 3, 16), (16,), (16,))]
+    for at in range(3):
+        tensors = [t.clone().requires_grad_(i == at) for i, t in enumerate(given)]
+        out = norm.layer_norm(tensors[0], (16,), *tensors[1:], 1e-5)
+        (gradient,) = torch.autograd.grad(out.square().sum(), tensors[at])
+        assert gradient.shape == given[at].shape
+        assert not seen
+        with torch.no_grad():
+            norm.layer_norm(tensors[0], (16,), *tensors[1:], 1e-5)
+        assert seen == [("layernorm", 0)]
+        seen.clear()
+
+
 def test_without_the_variable_nothing_is_looked_for(library):
     with trace() as counted:
         Case(*long(9, 9)).attend()

@@ -154,6 +154,11 @@ def layer_norm(
         and bias.dtype is x.dtype
         and x.numel()
         and not frozen(x)
+        # The library's kernel has no gradient.
+        and not (
+            torch.is_grad_enabled()
+            and (x.requires_grad or weight.requires_grad or bias.requires_grad)
+        )
     ):
         kernel = vendor.operator("layernorm")
         if kernel is not None:
