@@ -12,13 +12,18 @@ import wrapt
 from torch import nn
 
 import mindiesd
-from mindiesd.patches import inline_rope, modulation, tables
+from mindiesd.patches import composed_attention, inline_rope, modulation, tables
 from mindiesd.patches.rewriting.rewrite import rewrite
 from mindiesd.patches.scope import Site
 from tests import oracles
 from tests.emulator.tiny_models import MODELS, first_tensor
 
-FAMILIES = {"inline_rope": inline_rope, "modulation": modulation, "tables": tables}
+FAMILIES = {
+    "composed_attention": composed_attention,
+    "inline_rope": inline_rope,
+    "modulation": modulation,
+    "tables": tables,
+}
 RECORDS = [(family, record) for family in FAMILIES for record in FAMILIES[family].RECORDS]
 
 
