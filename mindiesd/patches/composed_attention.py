@@ -7,7 +7,8 @@ The statements are rewritten in their functions, see :mod:`mindiesd.patches.rewr
 one call of a fused kernel. Weights that are made and thrown away are not made:
 ``nn.MultiheadAttention`` is told that they are not needed where only its first result is taken.
 
-What is not redirected, and why, is in :data:`LEFT`.
+``IPAdapterTimeImageProjectionBlock`` has modulated norms as well and is among the targets of
+:mod:`mindiesd.patches.ada_norm`. What is not redirected, and why, is in :data:`LEFT`.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ _TABLE: tuple[tuple[str, str, Statements | Expression, int], ...] = (
     ("unets.unet_1d_blocks", "SelfAttention1d.forward", SPLIT_SCALE, 1),
     ("transformers.consisid_transformer_3d", "PerceiverAttention.forward", SPLIT_SCALE, 1),
     ("transformers.consisid_transformer_3d", "PerceiverCrossAttention.forward", SPLIT_SCALE, 1),
-    ("embeddings", "IPAdapterTimeImageProjectionBlock.forward", SPLIT_SCALE, 1),
     ("embeddings", "AttentionPooling.forward", CHANNELS_FIRST, 1),
     ("autoencoders.autoencoder_kl_ltx2_audio", "LTX2AudioAttnBlock.forward", PIXELS, 1),
     ("attention_processor", "AttnProcessor.__call__", SCORED, 1),

@@ -21,12 +21,14 @@ class Case:
         build: makes the module.
         inputs: makes its positional and keyword arguments.
         attentions: how many there are in one call.
+        others: what else the record redirects in it.
     """
 
     record: str
     build: Callable[[], nn.Module]
     inputs: Callable[[], tuple[tuple[Any, ...], dict[str, Any]]]
     attentions: int = 1
+    others: int = 0
 
 
 def _unet_1d() -> nn.Module:
@@ -38,7 +40,7 @@ def _unet_1d() -> nn.Module:
 def _perceiver() -> nn.Module:
     from diffusers.models.transformers.consisid_transformer_3d import PerceiverAttention
 
-    return PerceiverAttention(32, dim_head=8, heads=4, kv_dim=24)
+    return PerceiverAttention(32, dim_head=8, heads=4)
 
 
 def _perceiver_cross() -> nn.Module:
@@ -126,7 +128,7 @@ _PROCESSORS = "attention_processor"
 CASES: dict[str, Case] = {
     "unet_1d": Case("unet_1d_blocks.SelfAttention1d", _unet_1d, lambda: ((randn(2, 32, 9),), {})),
     "perceiver": Case(
-        "consisid.PerceiverAttention", _perceiver, lambda: ((randn(2, 7, 24), randn(2, 5, 32)), {})
+        "consisid.PerceiverAttention", _perceiver, lambda: ((randn(2, 7, 32), randn(2, 5, 32)), {})
     ),
     "perceiver_cross": Case(
         "consisid.PerceiverCrossAttention",
@@ -137,6 +139,7 @@ CASES: dict[str, Case] = {
         "embeddings.IPAdapterTimeImageProjectionBlock",
         _projection,
         lambda: ((randn(2, 7, 32), randn(2, 5, 32), randn(2, 32)), {}),
+        others=2,
     ),
     "pooling": Case("embeddings.AttentionPooling", _pooling, lambda: ((randn(2, 6, 32),), {})),
     "ltx2_audio": Case(
@@ -190,7 +193,7 @@ CASES: dict[str, Case] = {
     "custom_diffusion": Case(
         f"{_PROCESSORS}.CustomDiffusionAttnProcessor",
         lambda: attention("CustomDiffusionAttnProcessor", True, True, 32, 32),
-        lambda: ((randn(2, 9, 32),), _masked()),
+        lambda: ((randn(2, 9, 32),), {"encoder_hidden_states": randn(2, 7, 32)}),
     ),
     "ip_adapter": Case(
         f"{_PROCESSORS}.IPAdapterAttnProcessor",

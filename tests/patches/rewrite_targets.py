@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 
-SEEN: list[tuple] = []
+SEEN: list = []
 
 
 def build_noting(original, site):
@@ -17,6 +18,16 @@ def build_noting(original, site):
         return original(*operands, **named)
 
     return noting
+
+
+def build_locating(original, site):
+    """A replacement that notes the line that calls it."""
+
+    def locating(*operands):
+        SEEN.append(sys._getframe(1).f_lineno)
+        return original(*operands)
+
+    return locating
 
 
 def build_tagged(original, site):

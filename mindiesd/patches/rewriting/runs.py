@@ -149,7 +149,9 @@ def _replaced(
         args=[_loaded(run.match.holes[hole]) for hole in kind.holes],
         keywords=[],
     )
-    return ast.copy_location(ast.Assign(targets=[target], value=flow.at(call, first)), first)
+    assert isinstance(target, ast.Name)
+    name = flow.at(ast.Name(target.id, ast.Store()), first)
+    return ast.copy_location(ast.Assign(targets=[name], value=flow.at(call, first)), first)
 
 
 def _loaded(node: ast.expr) -> ast.expr:
