@@ -68,7 +68,7 @@ NORM_PRODUCT = Expression(
 # Module (of diffusers.models.transformers where it has no dot), class, and how many modulated norms
 # it has: with an index after 1 + scale (i), with the result cast (c), plain (n); modulations of
 # something else, with an index (j) and without (m); norms that are scaled and not shifted, by
-# 1 + scale with an index (t) and without (s), and by a product (p). A function is rewritten once, so
+# 1 + scale with an index (t) and without (s), and by a product (p). A function is rewritten once:
 # the attention that one of them writes out is here as well (a).
 _TABLE = """
 diffusers.models.embeddings IPAdapterTimeImageProjectionBlock n2 a1

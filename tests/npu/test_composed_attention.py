@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 SOFTMAX = ("aten::_softmax", "aten::softmax.int", "aten::_safe_softmax")
-FUSED = ("npu::npu_fusion_attention", "npu::npu_prompt_flash_attention")
+MASK = 8  # launches at most, see docs/npu_backend.md; two of them casts of half precision
 
 
 @pytest.fixture(autouse=True)
@@ -59,16 +59,18 @@ def test_one_kernel_an_attention(name: str, dtype) -> None:
     given = there(given, dtype)
     with trace() as before:
         theirs = run(on_device, given)
-    migration = mindiesd.patch_all()
+    migration = mindiesd.patch_all(only=(case.record, "sdpa"))
     run(on_device, given)  # what is made of parameters is made once
     with trace() as after:
         ours = run(on_device, given)
     assert launched(before, SOFTMAX) == case.attentions
     assert launched(after, SOFTMAX) == 0, after
     assert fused(after) == case.attentions, after
-    assert after.total < before.total, (before, after)
+    # Two launches less; a mask that was not seen before is turned into what the kernel takes.
+    of_masks = MASK * case.attentions if "mask" in str(given[1].keys()) else 0
+    assert after.total <= before.total - 2 * case.attentions + of_masks, (before, after)
     (patch,) = [p for p in migration.report().patches if p.name == case.record]
-    assert (patch.redirected, patch.fell_back) == (2 * case.attentions, {})
+    assert (patch.redirected, patch.fell_back) == (2 * (case.attentions + case.others), {})
     assert (ours.dtype, ours.shape, ours.device) == (theirs.dtype, theirs.shape, theirs.device)
     errors = [(t.cpu().double() - exact).square().mean().sqrt().item() for t in (ours, theirs)]
     slack = 4 * torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())

@@ -131,7 +131,7 @@ def test_compiled(name: str, backend: str) -> None:
     torch.compiler.reset()
     migration = mindiesd.patch_all(only=ONLY)
     compiled = torch.compile(module, backend=backend, fullgraph=True)
-    torch.testing.assert_close(run(compiled, given), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(run(compiled, given), expected, rtol=1e-4, atol=1e-4)
     (patch,) = [p for p in migration.report().patches if p.name == CASES[name].record]
     assert (patch.traced, patch.fell_back) == (1 + CASES[name].others, {})
     mindiesd.unpatch_all()

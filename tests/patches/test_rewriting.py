@@ -237,7 +237,7 @@ def test_statements_keep_their_lines() -> None:
     assert lines <= {line for *_, line in targets.run.__code__.co_lines() if line}
     made(*squares())
     first = inspect.getsourcelines(targets.run)[1] + 3
-    assert targets.SEEN == [first], "called where the first of them stands"
+    assert [first] == targets.SEEN, "called where the first of them stands"
 
 
 def test_a_traceback_of_the_original_statements_names_the_one_that_failed() -> None:
