@@ -17,7 +17,7 @@ from typing import Any
 from mindiesd.patches import composed_attention, law, modulation
 from mindiesd.patches.registry import Left
 from mindiesd.patches.rewriting.records import builder, records
-from mindiesd.patches.rewriting.rules import Expression, Rewrite
+from mindiesd.patches.rewriting.rules import Expression, Rewrite, Statements
 from mindiesd.patches.scope import Site
 
 PER_SAMPLE = "more than one scale: the product is one kernel as it is"
@@ -108,7 +108,7 @@ transformer_z_image FinalLayer p1
 """
 
 # In the order in which they are looked for.
-_KINDS = {
+_KINDS: dict[str, Expression | Statements] = {
     "i": INDEXED_NORM_MODULATE,
     "c": modulation.CAST_NORM_MODULATE,
     "n": modulation.NORM_MODULATE,

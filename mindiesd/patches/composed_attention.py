@@ -278,38 +278,34 @@ def _with_channels_first(out: Tensor, *_: Any) -> Tensor:
     return out[:, 0].transpose(1, 2)
 
 
-def _as_image(out: Tensor, _: Any, __: Any, value: Tensor, *more: Any) -> Tensor:
+def _as_image(out: Tensor, _: Any, __: Any, value: Tensor) -> Tensor:
     return out[:, 0].transpose(1, 2).reshape(value.shape)
 
 
 # Replacements.
 
 
-def _unfit() -> Callable[[Any, Any, Any, Any], str | None]:
-    """Why three tensors and perhaps a mask may not go into a kernel, whatever their shapes."""
+def _unfit() -> Callable[..., str | None]:
+    """Why tensors may not go into a kernel, whatever their shapes; None if they may."""
     from torch import Tensor
-    from torch.overrides import has_torch_function_variadic
+    from torch.overrides import has_torch_function
 
     grad_enabled, jit_tracing, autocast = law.context()
 
-    def unfit(query: Any, key: Any, value: Any, mask: Any) -> str | None:
+    def unfit(*tensors: Any) -> str | None:
         if jit_tracing() is not None:
             return law.JIT_TRACE
-        if not (
-            isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)
-        ):
-            return law.NOT_A_TENSOR
-        if has_torch_function_variadic(query, key, value, mask):
+        for tensor in tensors:
+            if not isinstance(tensor, Tensor):
+                return law.NOT_A_TENSOR
+        if has_torch_function(tensors):
             return law.UNUSUAL_ARGUMENT
         if autocast():
             return law.AUTOCAST
-        if grad_enabled() and (
-            query.requires_grad
-            or key.requires_grad
-            or value.requires_grad
-            or (isinstance(mask, Tensor) and mask.requires_grad)
-        ):
-            return law.GRADIENTS
+        if grad_enabled():
+            for tensor in tensors:
+                if tensor.requires_grad:
+                    return law.GRADIENTS
         return None
 
     return unfit
@@ -321,21 +317,22 @@ def _fused(original: Any, site: Site, read: Read, back: Turn) -> Callable[..., A
 
     unfit = _unfit()
 
+    def refusal(call: Call) -> str | None:
+        if call.mask is not None:
+            reason = unfit(call.mask)
+            if reason is not None:
+                return reason
+        return attention.refusal(call.query, call.key, call.value, call.mask)
+
     def fused(query: Any, key: Any, value: Any, *more: Any) -> Any:
-        reason = unfit(query, key, value, None)
-        if reason is None:
+        found: Call | str | None = unfit(query, key, value)
+        if found is None:
             found = read(query, key, value, *more)
-            if isinstance(found, str):
-                reason = found
-            else:
-                mask = found.mask
-                if mask is not None:
-                    reason = unfit(query, key, value, mask)
-                if reason is None:
-                    reason = attention.refusal(found.query, found.key, found.value, mask)
-        if site.takes(reason):
-            out = attention.attend(found.query, found.key, found.value, mask, found.scale)
-            return back(out, query, key, value)
+        if isinstance(found, Call):
+            if site.takes(refusal(found)):
+                return back(attention.attend(*found), query, key, value)
+        else:
+            site.takes(found)
         return original(query, key, value, *more)
 
     return fused
@@ -391,7 +388,6 @@ def build_scored(original: Any, site: Site) -> Callable[..., Any]:
 
 def build_pooled(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``attention(probe, states, states)[0]``."""
-    from torch import Tensor
     from torch.nn import MultiheadAttention
 
     from mindiesd.patches import modulation
@@ -408,12 +404,9 @@ def build_pooled(original: Any, site: Site) -> Callable[..., Any]:
             return law.DROPOUT
         if grad_enabled() and any(weight.requires_grad for weight in attention.parameters()):
             return law.GRADIENTS
-        reason = unfit(probe, states, states, mask)
-        if reason is not None or mask is None:
-            return reason
-        if not isinstance(mask, Tensor):
-            return law.NOT_A_TENSOR
-        return None if mask.dtype is probe.dtype else MASK_DTYPE
+        if mask is None:
+            return unfit(probe, states)
+        return unfit(probe, states, mask) or (None if mask.dtype is probe.dtype else MASK_DTYPE)
 
     def pooled(attention: Any, probe: Any, states: Any, mask: Any = None) -> Any:
         if site.takes(refusal(attention, probe, states, mask)):

@@ -81,6 +81,21 @@ def _double(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.double() if tensor.is_floating_point() else tensor
 
 
+@pytest.mark.parametrize(("masked", "kernels"), [(False, 1), (True, 3)])
+def test_slices_together_or_each(masked: bool, kernels: int) -> None:
+    """Without a mask the whole attention is one kernel; what that refuses is one for each slice."""
+    module, (args, kwargs) = build("sliced").npu(), there(CASES["sliced"].inputs())
+    if not masked:
+        del kwargs["attention_mask"]
+    expected = run(module, (args, kwargs))
+    mindiesd.patch_all()
+    run(module, (args, kwargs))
+    with trace() as counted:
+        out = run(module, (args, kwargs))
+    assert (launched(counted, SOFTMAX), fused(counted)) == (0, kernels)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["unet1d", "consisid", "t5_film", "siglip_vision"])
 def test_whole_models_have_no_softmax_left(name: str) -> None:
     tiny = MODELS[name]
