@@ -14,10 +14,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mindiesd.patches import law, modulation
+from mindiesd.patches import composed_attention, law, modulation
 from mindiesd.patches.registry import Left
 from mindiesd.patches.rewriting.records import builder, records
-from mindiesd.patches.rewriting.rules import Expression, Rewrite
+from mindiesd.patches.rewriting.rules import Expression, Rewrite, Statements
 from mindiesd.patches.scope import Site
 
 PER_SAMPLE = "more than one scale: the product is one kernel as it is"
@@ -68,9 +68,10 @@ NORM_PRODUCT = Expression(
 # Module (of diffusers.models.transformers where it has no dot), class, and how many modulated norms
 # it has: with an index after 1 + scale (i), with the result cast (c), plain (n); modulations of
 # something else, with an index (j) and without (m); norms that are scaled and not shifted, by
-# 1 + scale with an index (t) and without (s), and by a product (p).
+# 1 + scale with an index (t) and without (s), and by a product (p). A function is rewritten once:
+# the attention that one of them writes out is here as well (a).
 _TABLE = """
-diffusers.models.embeddings IPAdapterTimeImageProjectionBlock n2
+diffusers.models.embeddings IPAdapterTimeImageProjectionBlock n2 a1
 diffusers.models.normalization AdaLayerNorm n1
 diffusers.models.normalization AdaLayerNormZero n1
 diffusers.models.normalization AdaLayerNormZeroSingle n1
@@ -107,7 +108,7 @@ transformer_z_image FinalLayer p1
 """
 
 # In the order in which they are looked for.
-_KINDS = {
+_KINDS: dict[str, Expression | Statements] = {
     "i": INDEXED_NORM_MODULATE,
     "c": modulation.CAST_NORM_MODULATE,
     "n": modulation.NORM_MODULATE,
@@ -116,6 +117,7 @@ _KINDS = {
     "t": INDEXED_NORM_SCALE,
     "s": NORM_SCALE,
     "p": NORM_PRODUCT,
+    "a": composed_attention.SPLIT_SCALE,
 }
 
 _NO_NORM = "projects the conditioning and normalises nothing"

@@ -18,6 +18,7 @@ from mindiesd.errors import ParametersInvalid
 # One module per family of targets; each holds a tuple called RECORDS.
 FAMILIES = (
     "sdpa",
+    "composed_attention",
     "rms_norm",
     "layer_norm",
     "channel_norm",

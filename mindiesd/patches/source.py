@@ -4,20 +4,19 @@ Libraries copy small classes from file to file, a norm or a gate a hundred times
 one copy differs in a sign. Two functions whose digests are equal do the same, whatever file, class
 or version they stand in: the digest is taken over the parsed source of the function and of the
 methods of its class that it calls, without comments, docstrings and annotations
-(:func:`mindiesd.patches.rewriting.pattern.fingerprint`).
+(:func:`mindiesd.patches.rewriting.pattern.fingerprint`). That the source is that of the code which
+is loaded is proved as for functions that are rewritten (:mod:`mindiesd.patches.rewriting.source`).
 """
 
 from __future__ import annotations
 
 import ast
-import inspect
-import linecache
-import textwrap
 from importlib import import_module
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 from mindiesd.patches import law
+from mindiesd.patches.rewriting import source
 from mindiesd.patches.rewriting.pattern import fingerprint
 
 
@@ -48,7 +47,7 @@ def read(function: Any, module: str, attribute: str) -> Method:
         attribute: ``"Class.method"``.
 
     Raises:
-        Unrecognised: there is no source to read.
+        Unrecognised: there is no source to read, or it is not that of the loaded code.
     """
     owner: Any = import_module(module)
     for name in attribute.split(".")[:-1]:
@@ -68,63 +67,10 @@ def read(function: Any, module: str, attribute: str) -> Method:
     return Method("-".join(map(fingerprint, trees)), tuple(parts.items()))
 
 
-def _parse(function: Any) -> ast.AST:
-    # Not inspect.getsource: it looks through every loaded module first, and behind decorators, for
-    # a function that is not the one that would be replaced.
+def _parse(function: Any) -> ast.FunctionDef:
+    if not isinstance(function, FunctionType):
+        raise Unrecognised("its source cannot be read: not a Python function")
     try:
-        code = function.__code__
-        lines = linecache.getlines(code.co_filename, function.__globals__)[
-            code.co_firstlineno - 1 :
-        ]
-        try:
-            tree = _tree(_indented(lines))
-        except SyntaxError:
-            tree = _tree(inspect.getblock(lines))
-    except (AttributeError, IndexError, SyntaxError) as error:
-        raise Unrecognised("its source cannot be read") from error
-    if not isinstance(tree, ast.FunctionDef) or not _loaded(tree, code):
-        raise Unrecognised("its source is not the code that is loaded")
-    tree.decorator_list = []
-    return tree
-
-
-def _tree(lines: list[str]) -> ast.stmt:
-    return ast.parse(textwrap.dedent("".join(lines))).body[0]
-
-
-def _loaded(tree: ast.stmt, code: CodeType) -> bool:
-    """Whether a definition is what the loaded code was made of: a file may have changed since.
-
-    The instructions are not compared: CPython calls what a module imports by other ones.
-    """
-    made = compile(ast.Module([tree], []), code.co_filename, "exec", dont_inherit=True)
-    for own in made.co_consts:
-        if isinstance(own, CodeType) and own.co_name == code.co_name:
-            return (own.co_names, own.co_varnames, _plain(own)) == (
-                code.co_names,
-                code.co_varnames,
-                _plain(code),
-            )
-    return False
-
-
-def _plain(code: CodeType) -> list[str]:
-    return [repr(value) for value in code.co_consts if not isinstance(value, CodeType)]
-
-
-def _indented(lines: list[str]) -> list[str]:
-    """The lines up to the next statement that stands no deeper than the first.
-
-    Many times faster than the tokenizer of ``inspect``. Where the layout is an unusual one, what is
-    cut off makes the rest unreadable or gives a digest that nobody knows.
-    """
-    depth = len(lines[0]) - len(lines[0].lstrip())
-    started = False
-    for number, line in enumerate(lines):
-        text = line.strip()
-        if not text or len(line) - len(line.lstrip()) > depth:
-            continue
-        if started and text[0] not in ")#":
-            return lines[:number]
-        started = started or text.startswith("def ")
-    return lines
+        return source.read(function).tree
+    except source.SourceUnknown as unknown:
+        raise Unrecognised(f"its source cannot be read: {unknown}") from unknown

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import torch
 
-SEEN: list[tuple] = []
+SEEN: list = []
 
 
 def build_noting(original, site):
@@ -17,6 +18,16 @@ def build_noting(original, site):
         return original(*operands, **named)
 
     return noting
+
+
+def build_locating(original, site):
+    """A replacement that notes the line that calls it."""
+
+    def locating(*operands):
+        SEEN.append(sys._getframe(1).f_lineno)
+        return original(*operands)
+
+    return locating
 
 
 def build_tagged(original, site):
@@ -169,6 +180,136 @@ def make_closure(offset):
         return x + y * gate + offset
 
     return closed
+
+
+def run(x, y, log=None):
+    z = x * 2
+    # The three statements.
+    w = x @ y
+    w = torch.softmax(w, dim=-1)
+    out = w @ z
+
+    return out - y
+
+
+def run_onto_itself(x, y):
+    x = x @ y
+    x = torch.softmax(x, dim=-1)
+    x = x @ y
+    return x
+
+
+def run_in_loops(x, y):
+    for _ in range(2):
+        if x.sum() > -1e9:
+            w = x @ y
+            w = torch.softmax(w, dim=-1)
+            x = w @ x
+        for _ in range(2):
+            w = y @ x
+            w = torch.softmax(w, dim=-1)
+            x = w @ y
+    return x
+
+
+def run_of_expressions(parts, y):
+    w = parts[0] @ y
+    w = torch.softmax(w, dim=-1)
+    parts[1] = y
+    w = parts[0] @ y
+    w = torch.softmax(w, dim=-1)
+    out = w @ parts[1]
+    return out
+
+
+def run_assigned_anew(x, y):
+    w = y
+    out = w + x
+    w = x @ y
+    w = torch.softmax(w, dim=-1)
+    out = w @ out
+    w = out - y
+    return w
+
+
+def run_read_later(x, y):
+    w = x @ y
+    w = torch.softmax(w, dim=-1)
+    out = w @ x
+    return out + w
+
+
+def run_read_in_next_round(x, y):
+    w = x
+    for _ in range(2):
+        y = y + w
+        w = x @ y
+        w = torch.softmax(w, dim=-1)
+        x = w @ x
+    return x
+
+
+def run_deleted(x, y):
+    w = x @ y
+    w = torch.softmax(w, dim=-1)
+    out = w @ x
+    del w
+    return out
+
+
+def run_added_to(x, y):
+    w = x @ y
+    w = torch.softmax(w, dim=-1)
+    out = w @ x
+    w += 1
+    return out
+
+
+def run_captured(x, y):
+    def weights():
+        return w
+
+    w = x @ y
+    w = torch.softmax(w, dim=-1)
+    out = w @ x
+    return out + weights()
+
+
+def run_global(x, y):
+    global w
+    w = x @ y
+    w = torch.softmax(w, dim=-1)
+    out = w @ x
+    return out
+
+
+def run_over_its_operand(x, y):
+    x = x @ y
+    x = torch.softmax(x, dim=-1)
+    out = x @ x
+    return out
+
+
+def run_calling(x, log):
+    w = x @ log(x)
+    w = torch.softmax(w, dim=-1)
+    out = w @ x
+    return out
+
+
+def run_of_attributes(x, y):
+    x.w = x @ y
+    x.w = torch.softmax(x.w, dim=-1)
+    out = x.w @ x
+    return out
+
+
+def run_failing(x, y):
+    # The error is in the softmax.
+    w = x @ y
+    w = torch.softmax(w, dim=-1)
+    out = w @ x
+    return out
 
 
 class Base:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import copy
 import importlib
 import inspect
+import linecache
 import pickle
+import sys
 
 import pytest
 import torch
@@ -185,6 +187,27 @@ def other_forward(self, hidden_states):
     return self.weight * hidden_states
 
 
+def test_a_file_that_was_changed_since_it_was_loaded(tmp_path, monkeypatch) -> None:
+    """With the same names and constants: what is loaded divides, what is in the file multiplies."""
+    text = "class Norm:\n    def forward(self, x):\n        return x / self.part(x)\n\n"
+    text += "    def part(self, x):\n        return x - 1.0\n"
+    path = tmp_path / "written_norm.py"
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path.write_text(text)
+    module = importlib.import_module("written_norm")
+    known = source.read(module.Norm.forward, "written_norm", "Norm.forward")
+    assert [name for name, _ in known.parts] == ["part"]
+    for old, new in (("x / self", "x * self"), ("x - 1.0", "1.0 - x"), ("class", "\nclass")):
+        path.write_text(text.replace(old, new))
+        linecache.checkcache(str(path))
+        with pytest.raises(source.Unrecognised, match="its source cannot be read"):
+            source.read(module.Norm.forward, "written_norm", "Norm.forward")
+    path.write_text(text)
+    linecache.checkcache(str(path))
+    assert source.read(module.Norm.forward, "written_norm", "Norm.forward").digest == known.digest
+    monkeypatch.delitem(sys.modules, "written_norm")
+
+
 def test_a_changed_source_is_skipped_with_its_reason(monkeypatch) -> None:
     from transformers.models.llama import modeling_llama
 
@@ -234,8 +257,6 @@ def test_digests_see_code_and_nothing_else() -> None:
 
         def part(self, x):
             return x * 3
-
-    import sys
 
     found = []
     for owner in (Plain, Dressed, OtherPart):

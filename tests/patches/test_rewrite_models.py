@@ -12,13 +12,18 @@ import wrapt
 from torch import nn
 
 import mindiesd
-from mindiesd.patches import inline_rope, modulation, tables
+from mindiesd.patches import composed_attention, inline_rope, modulation, registry, tables
 from mindiesd.patches.rewriting.rewrite import rewrite
 from mindiesd.patches.scope import Site
 from tests import oracles
 from tests.emulator.tiny_models import MODELS, first_tensor
 
-FAMILIES = {"inline_rope": inline_rope, "modulation": modulation, "tables": tables}
+FAMILIES = {
+    "composed_attention": composed_attention,
+    "inline_rope": inline_rope,
+    "modulation": modulation,
+    "tables": tables,
+}
 RECORDS = [(family, record) for family in FAMILIES for record in FAMILIES[family].RECORDS]
 
 
@@ -39,6 +44,13 @@ def test_the_installed_source_is_the_known_one(family: str, record) -> None:
 def test_names_are_unique() -> None:
     names = [record.name for _, record in RECORDS]
     assert len(set(names)) == len(names)
+
+
+def test_a_function_is_rewritten_once() -> None:
+    """The second to rewrite it would start from the source, without what the first redirected."""
+    rewritten = [r.target for r in registry.records() if r.reference == registry.INSIDE]
+    assert len(rewritten) > 150
+    assert len(set(rewritten)) == len(rewritten)
 
 
 # Whole models.

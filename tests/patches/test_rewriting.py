@@ -16,7 +16,7 @@ from mindiesd.patches import law
 from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.rewriting import pattern
 from mindiesd.patches.rewriting.rewrite import rewrite
-from mindiesd.patches.rewriting.rules import Expression, Nested, Rewrite
+from mindiesd.patches.rewriting.rules import Expression, Nested, Rewrite, Statements
 from mindiesd.patches.rewriting.source import SourceUnknown
 from mindiesd.patches.rewriting.stub import stand_in
 from mindiesd.patches.scope import Site
@@ -157,6 +157,96 @@ def rewriter_fits(found: pattern.Match) -> bool:
     from mindiesd.patches.rewriting.rewrite import _Expressions
 
     return _Expressions(gate(), None)._fits(found)
+
+
+# Consecutive statements.
+
+
+def statements(build: str = "build_noting", **more) -> Statements:
+    settings = {
+        "name": "attention",
+        "spellings": ("W = X @ Y\nW = torch.softmax(W, dim=-1)\nOUT = W @ Z",),
+        "holes": ("X", "Y", "Z"),
+        "build": f"{HERE}:{build}",
+    }
+    return Statements(**settings | more)
+
+
+def squares() -> tuple[torch.Tensor, torch.Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(3, 3), torch.randn(3, 3)
+
+
+@pytest.mark.parametrize(
+    ("function", "count"),
+    [
+        (targets.run, 1),
+        (targets.run_onto_itself, 1),
+        (targets.run_in_loops, 2),
+        (targets.run_assigned_anew, 1),
+    ],
+)
+def test_statements_are_redirected_together(function, count: int) -> None:
+    made = apply(function, count=count, kind=statements())
+    x, y = squares()
+    assert torch.equal(made(x, y), function(x, y))
+    assert targets.SEEN and all(len(operands) == 3 for operands, _ in targets.SEEN)
+    tagged = apply(function, count=count, kind=statements("build_tagged"))
+    assert not torch.equal(tagged(x, y), function(x, y))
+    assert inspect.signature(made) == inspect.signature(function)
+
+
+def test_their_operands_are_what_they_read() -> None:
+    x, y = squares()
+    apply(targets.run, kind=statements())(x, y)
+    ((one, other, third),) = [operands for operands, _ in targets.SEEN]
+    assert one is x and other is y
+    assert torch.equal(third, x * 2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        targets.run_read_later,
+        targets.run_read_in_next_round,
+        targets.run_deleted,
+        targets.run_added_to,
+        targets.run_captured,
+        targets.run_global,
+        targets.run_over_its_operand,
+        targets.run_calling,
+        targets.run_of_attributes,
+    ],
+)
+def test_statements_that_cannot_be_taken_apart_stay(function) -> None:
+    with pytest.raises(SourceUnknown, match="found 0 times, 1 are known"):
+        apply(function, kind=statements())
+
+
+def test_only_what_fits_as_a_whole() -> None:
+    made = apply(targets.run_of_expressions, kind=statements())
+    x, y = squares()
+    assert torch.equal(made([x, None], y), targets.run_of_expressions([x, None], y))
+    (((one, _, third), _),) = targets.SEEN
+    assert one is x and third is y
+
+
+def test_statements_keep_their_lines() -> None:
+    made = apply(targets.run, kind=statements("build_locating"))
+    lines = {line for *_, line in made.__code__.co_lines() if line}
+    assert lines <= {line for *_, line in targets.run.__code__.co_lines() if line}
+    made(*squares())
+    first = inspect.getsourcelines(targets.run)[1] + 3
+    assert [first] == targets.SEEN, "called where the first of them stands"
+
+
+def test_a_traceback_of_the_original_statements_names_the_one_that_failed() -> None:
+    made = apply(targets.run_failing, kind=statements())
+    x = torch.ones(3, 3, dtype=torch.int64)  # has no softmax
+    with pytest.raises(RuntimeError) as caught:
+        made(x, x)
+    last = traceback.extract_tb(caught.value.__traceback__)[-1]
+    assert (last.filename, last.line) == (targets.__file__, "w = torch.softmax(w, dim=-1)")
 
 
 # Nested functions.

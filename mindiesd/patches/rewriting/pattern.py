@@ -1,14 +1,15 @@
 """Comparing syntax trees: patterns with named holes, fingerprints, and what is evaluated when.
 
-A pattern is an expression in which every name in capitals is a hole: ``X + GATE * Y``. It matches
-by structure; only positions, contexts and type comments are left out of the comparison.
+A pattern is an expression, or several statements, in which every name in capitals is a hole:
+``X + GATE * Y``. It matches by structure; only positions, contexts and type comments are left out
+of the comparison.
 """
 
 from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -40,6 +41,12 @@ def parse(text: str) -> ast.expr:
     return ast.parse(text, mode="eval").body
 
 
+@cache
+def parse_statements(text: str) -> tuple[ast.stmt, ...]:
+    """The trees of a pattern of several statements, shared likewise."""
+    return tuple(ast.parse(text).body)
+
+
 def is_hole(node: ast.AST) -> bool:
     """Whether a node of a pattern is a hole."""
     return isinstance(node, ast.Name) and node.id.isupper()
@@ -49,6 +56,12 @@ def match(pattern: ast.AST, node: ast.AST) -> Match | None:
     """Fit a pattern to a node; None if it does not."""
     found = Match({}, {}, set())
     return found if _fits(pattern, node, found) else None
+
+
+def match_all(patterns: Sequence[ast.AST], nodes: Sequence[ast.AST]) -> Match | None:
+    """Fit as many patterns to as many nodes; a hole is the same in all of them."""
+    found = Match({}, {}, set())
+    return found if _fits([*patterns], [*nodes], found) else None
 
 
 def _fits(pattern: object, node: object, found: Match) -> bool:

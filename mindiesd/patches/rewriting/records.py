@@ -13,14 +13,19 @@ from mindiesd.patches.scope import Site
 
 # Sources are compared, so a version that was not tested is no risk; it is a record skipped with a
 # reason of its own.
-VERSIONS = MappingProxyType({"diffusers": ">=0.35,<0.44"})
+VERSIONS = MappingProxyType({"diffusers": ">=0.35,<0.44", "transformers": ">=4.51,<6"})
 
 
 def name_of(rule: Rewrite) -> str:
     """The name of a rule's record: ``flux.FluxTransformerBlock`` for its forward or call."""
-    stem = rule.module.rpartition(".")[2].removeprefix("transformer_")
+    stem = rule.module.rpartition(".")[2].removeprefix("transformer_").removeprefix("modeling_")
     stem = re.sub(r"_transformer(_[0-9]d)?$", "", stem)
     return f"{stem}.{rule.qualname.removesuffix('.forward').removesuffix('.__call__')}"
+
+
+def _versions(rule: Rewrite) -> MappingProxyType[str, str]:
+    library = rule.module.partition(".")[0]
+    return MappingProxyType({library: VERSIONS[library]})
 
 
 def records(
@@ -57,7 +62,7 @@ def records(
                 why=why,
                 when=when,
                 numerics=numerics,
-                requires=VERSIONS,
+                requires=_versions(rule),
                 # The whole source is compared, the signature with it.
                 parameters=(),
             )

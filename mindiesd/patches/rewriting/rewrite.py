@@ -6,19 +6,19 @@ import ast
 import copy
 import functools
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
 from mindiesd.patches import verify
-from mindiesd.patches.rewriting import pattern
-from mindiesd.patches.rewriting.rules import Expression, Nested, Whole
+from mindiesd.patches.rewriting import flow, pattern, runs
+from mindiesd.patches.rewriting.rules import Expression, Nested, Statements, Whole
 from mindiesd.patches.rewriting.source import Source, SourceUnknown, read
 from mindiesd.patches.scope import Site
 
 # One underscore: two would be mangled inside a class.
 _NAME = "_mindiesd_{}"
-Kind = Expression | Nested | Whole
+Kind = Expression | Statements | Nested | Whole
 
 
 def rewrite(
@@ -45,11 +45,12 @@ def rewrite(
             if pattern.fingerprint(tree) not in kind.prints:
                 raise SourceUnknown(f"{kind.name}: another source than the known")
             return _decorated(function, inner, _built(kind, inner, site))
-        found = (
-            _nested(tree, kind, outlined)
-            if isinstance(kind, Nested)
-            else _Expressions(kind, outlined).rewrite(tree)
-        )
+        if isinstance(kind, Nested):
+            found = _nested(tree, kind, outlined)
+        elif isinstance(kind, Statements):
+            found = runs.rewrite(tree, kind, outlined.add)
+        else:
+            found = _Expressions(kind, outlined).rewrite(tree)
         if found != expected:
             raise SourceUnknown(f"{kind.name} found {found} times, {expected} are known")
     values = outlined.replacements
@@ -108,8 +109,12 @@ def _decorated(
 
 
 def _built(kind: Kind, original: types.FunctionType, site: Site) -> Any:
-    module, _, name = kind.build.partition(":")
-    return getattr(import_module(module), name)(original, site)
+    return _resolved(kind.build)(original, site)
+
+
+def _resolved(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
 
 
 class _Outlined:
@@ -126,7 +131,7 @@ class _Outlined:
         around = self.source.function.__code__
         outer = {*around.co_varnames, *around.co_cellvars, *around.co_freevars}
         outer -= {*code.co_varnames, *code.co_cellvars}
-        if any(name.id in outer for name in _names(definition)):
+        if any(name.id in outer for name in flow.names(definition)):
             # It would find globals of those names.
             raise SourceUnknown(f"{kind.name} uses variables of the function around it")
         original = types.FunctionType(code, self.source.function.__globals__)
@@ -138,8 +143,13 @@ class _Outlined:
         local = _NAME.format(len(self.replacements))
         replacement = _built(kind, original, self._site)
         if self._site.watching:
+            reference = getattr(kind, "reference", "")
             replacement = verify.watch(
-                replacement, original, self._site.verification_now, self._site.name
+                replacement,
+                original,
+                self._site.verification_now,
+                self._site.name,
+                _resolved(reference) if reference else None,
             )
         self.replacements[local] = replacement
         return local
@@ -147,7 +157,7 @@ class _Outlined:
 
 def _nested(tree: ast.FunctionDef, kind: Nested, outlined: _Outlined) -> int:
     found = 0
-    for suite in _suites(tree):
+    for suite in flow.suites(tree):
         for index, statement in enumerate(suite):
             if not isinstance(statement, ast.FunctionDef) or statement.name != kind.name:
                 continue
@@ -156,30 +166,13 @@ def _nested(tree: ast.FunctionDef, kind: Nested, outlined: _Outlined) -> int:
             local = outlined.add(kind, statement)
             suite[index] = ast.copy_location(
                 ast.Assign(
-                    targets=[_at(ast.Name(kind.name, ast.Store()), statement)],
-                    value=_at(ast.Name(local, ast.Load()), statement),
+                    targets=[flow.at(ast.Name(kind.name, ast.Store()), statement)],
+                    value=flow.at(ast.Name(local, ast.Load()), statement),
                 ),
                 statement,
             )
             found += 1
     return found
-
-
-def _at(node: ast.expr, where: ast.AST) -> Any:
-    return ast.copy_location(node, where)
-
-
-def _suites(tree: ast.AST) -> Iterator[list[ast.stmt]]:
-    """Every list of statements, outer ones first; not those of nested scopes."""
-    for name in ("body", "orelse", "finalbody"):
-        suite = getattr(tree, name, None)
-        if isinstance(suite, list) and suite and isinstance(suite[0], ast.stmt):
-            yield suite
-            for statement in suite:
-                if not isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                    yield from _suites(statement)
-    for handler in getattr(tree, "handlers", ()):
-        yield from _suites(handler)
 
 
 class _Expressions:
@@ -193,10 +186,10 @@ class _Expressions:
 
     def rewrite(self, tree: ast.FunctionDef) -> int:
         """Replace every match in ``tree``; how many there were."""
-        for suite in list(_suites(tree)):
+        for suite in list(flow.suites(tree)):
             self._join(tree, suite)
         replacer = _Replacer(self._match, self._call)
-        for suite in _suites(tree):
+        for suite in flow.suites(tree):
             for statement in suite:
                 replacer.statement(statement)
         return replacer.count
@@ -230,20 +223,15 @@ class _Expressions:
         # What stands in several places is plain, so that evaluating it once is enough.
         order = list(dict.fromkeys(pattern.evaluated(node, marked)))
         # The original: the expression as it stands, of parameters.
-        parameters = ", ".join(hole.lower() for hole in self._kind.holes)
-        definition = ast.parse(f"def {self._kind.name}({parameters}): return None").body[0]
-        assert isinstance(definition, ast.FunctionDef)
-        for child in ast.walk(definition):
-            if "lineno" in child._attributes:
-                ast.copy_location(child, node)
+        definition = flow.definition(self._kind.name, self._kind.holes, node)
         returned = definition.body[0]
         assert isinstance(returned, ast.Return)
-        returned.value = _Filled(marked).visit(node)
+        returned.value = flow.filled(node, marked)
         local = self._outlined.add(self._kind, definition)
         # Operands are evaluated in the order of the source: by keyword where that is another one.
         positional = order == list(self._kind.holes)
         call = ast.Call(
-            func=_at(ast.Name(local, ast.Load()), node),
+            func=flow.at(ast.Name(local, ast.Load()), node),
             args=[found.holes[hole] for hole in order] if positional else [],
             keywords=[]
             if positional
@@ -266,23 +254,23 @@ class _Expressions:
 
     def _joined(self, tree: ast.FunctionDef, suite: list[ast.stmt], index: int) -> bool:
         """Move the value named by ``suite[index]`` to its only use, if the two match together."""
-        name, value = _assigned(suite[index])
+        name, value = flow.assigned(suite[index])
         if name is None or not any(pattern.match(join, value) for join in self._joins):
             return False
         for user in range(index + 1, len(suite)):
             statement = suite[user]
-            uses = [node for node in _names(statement) if node.id == name]
+            uses = [node for node in flow.names(statement) if node.id == name]
             loads = [node for node in uses if isinstance(node.ctx, ast.Load)]
             if loads:
                 break
-            if uses or not _may_cross(value, statement):
+            if uses or not flow.may_cross(value, statement):
                 return False
         else:
             return False
-        own = _assigned(statement)[0]
+        own = flow.assigned(statement)[0]
         if len(loads) != 1 or own is None:
             return False
-        if own != name and not _dead(tree, statement, name):
+        if own != name and not flow.dead(tree, statement, name):
             return False
         replaced = _Substituted(loads[0], value)
         trial = replaced.visit(copy.copy(statement))
@@ -336,18 +324,6 @@ class _Replacer(ast.NodeTransformer):
         return super().visit(node)
 
 
-class _Filled(ast.NodeTransformer):
-    """A copy of an expression with parameters in the place of what stands in the holes."""
-
-    def __init__(self, marked: Mapping[int, str]) -> None:
-        self._marked = marked
-
-    def visit(self, node: ast.AST) -> Any:
-        if id(node) in self._marked:
-            return ast.copy_location(ast.Name(self._marked[id(node)].lower(), ast.Load()), node)
-        return _copied(node, self)
-
-
 class _Substituted(ast.NodeTransformer):
     """A copy of a statement with one name replaced by what it stands for."""
 
@@ -358,100 +334,4 @@ class _Substituted(ast.NodeTransformer):
     def visit(self, node: ast.AST) -> Any:
         if node is self._name:
             return self._value
-        return _copied(node, self)
-
-
-def _copied(node: ast.AST, transformer: ast.NodeTransformer) -> ast.AST:
-    """A shallow copy with new children; nodes that a transformer keeps stay themselves below."""
-    new = copy.copy(node)
-    for name, value in ast.iter_fields(node):
-        if isinstance(value, list):
-            setattr(
-                new,
-                name,
-                [transformer.visit(v) if isinstance(v, ast.AST) else v for v in value],
-            )
-        elif isinstance(value, ast.AST):
-            setattr(new, name, transformer.visit(value))
-    return new
-
-
-# What a joined value may be moved across.
-
-
-def _assigned(statement: ast.stmt) -> tuple[str | None, ast.expr]:
-    """The one name that a statement assigns, and the value."""
-    if (
-        isinstance(statement, ast.Assign)
-        and len(statement.targets) == 1
-        and isinstance(statement.targets[0], ast.Name)
-    ):
-        return statement.targets[0].id, statement.value
-    return None, ast.Constant(None)
-
-
-def _names(node: ast.AST) -> Iterator[ast.Name]:
-    return (child for child in ast.walk(node) if isinstance(child, ast.Name))
-
-
-def _may_cross(value: ast.expr, statement: ast.stmt) -> bool:
-    """Whether ``value`` may be evaluated after ``statement`` instead of before it.
-
-    Only past an assignment to a name that the value does not read, of plain expressions and
-    results of other modules of ``self``, or sums and products of such.
-    """
-    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
-        return False
-    (target,) = statement.targets
-    # `shift, scale = emb.chunk(2)` as well.
-    parts = target.elts if isinstance(target, ast.Tuple) else [target]
-    if not all(isinstance(part, ast.Name) for part in parts):
-        return False
-    changed = {node.id for node in _names(target)}
-    return changed.isdisjoint(node.id for node in _names(value)) and _calm(statement.value)
-
-
-def _calm(node: ast.expr) -> bool:
-    if isinstance(node, ast.BinOp):
-        return _calm(node.left) and _calm(node.right)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-        owner = node.func.value
-        if isinstance(owner, ast.Name) and owner.id == "self":
-            return all(map(pattern.is_plain, node.args)) and not node.keywords
-        if pattern.reads(node):
-            return _calm(owner)
-    return pattern.is_plain(node)
-
-
-def _dead(tree: ast.FunctionDef, statement: ast.stmt, name: str) -> bool:
-    """Whether no path from after ``statement`` reads ``name`` before assigning it."""
-    path = _path(tree, statement)
-    if path is None:
-        return False
-    for owner, suite, index in reversed(path):
-        for later in suite[index + 1 :]:
-            read = any(node.id == name and isinstance(node.ctx, ast.Load) for node in _names(later))
-            if read:
-                return False
-            if _assigned(later)[0] == name or isinstance(later, (ast.Return, ast.Raise)):
-                return True
-        if not isinstance(owner, (ast.If, ast.With, ast.FunctionDef)):
-            return False  # a loop comes round again, and a handler may be entered from anywhere
-    return True
-
-
-def _path(
-    tree: ast.AST, statement: ast.stmt
-) -> Sequence[tuple[ast.AST, list[ast.stmt], int]] | None:
-    """The statements around one, outermost first: owner, suite and position in it."""
-    for name in ("body", "orelse", "finalbody", "handlers"):
-        suite = getattr(tree, name, None)
-        if not isinstance(suite, list):
-            continue
-        for index, child in enumerate(suite):
-            if child is statement:
-                return [(tree, suite, index)]
-            deeper = _path(child, statement)
-            if deeper is not None:
-                return [(tree, suite, index), *deeper]
-    return None
+        return flow.copied(node, self)

@@ -35,6 +35,32 @@ class Expression:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Statements:
+    """A kind of consecutive statements that are redirected together.
+
+    They become one assignment, to the name that the last of them assigns; every other name that
+    they assign must be used for nothing else in the function.
+
+    Attributes:
+        name: of the kind; also of the functions made of its matches, as tracebacks show them.
+        spellings: the patterns that mean it, several statements each, see :mod:`.pattern`; the
+            first that fits is taken. All of them are assignments.
+        holes: what the statements read, in the order of the parameters of the original and its
+            replacement. Only what changes nothing when evaluated may stand there.
+        build: ``"module:function"``, called with the original and a ``Site``; returns the
+            replacement. The original runs the statements as they stand in the source.
+        reference: ``"module:function"`` that gives ``verify=N`` its float64 result from the same
+            arguments, see :func:`mindiesd.patches.verify.watch`; empty: the original.
+    """
+
+    name: str
+    spellings: tuple[str, ...]
+    holes: tuple[str, ...]
+    build: str
+    reference: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Nested:
     """A nested function that is redirected.
 
@@ -79,6 +105,6 @@ class Rewrite:
 
     module: str
     qualname: str
-    counts: Mapping[Expression | Nested | Whole, int] = field(
+    counts: Mapping[Expression | Statements | Nested | Whole, int] = field(
         default_factory=lambda: MappingProxyType({})
     )

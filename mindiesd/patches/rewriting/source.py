@@ -103,8 +103,9 @@ def read(function: types.FunctionType) -> Source:
     if not lines:
         raise SourceUnknown("source not available")
     text, indent = _block(lines, code.co_firstlineno - 1)
-    if indent:
-        text = "if 1:\n" + text
+    # Parsed at the lines where it stands: moving it there afterwards takes much longer.
+    above = code.co_firstlineno - 1
+    text = "\n" * (above - 1) + "if 1:\n" + text if indent else "\n" * above + text
     try:
         parsed: ast.AST = ast.parse(text)
     except SyntaxError as error:
@@ -116,14 +117,13 @@ def read(function: types.FunctionType) -> Source:
     tree = parsed.body[0] if parsed.body else None
     if not isinstance(tree, ast.FunctionDef):
         raise SourceUnknown("not a function defined with def")
-    ast.increment_lineno(tree, code.co_firstlineno - 1 - (1 if indent else 0))
     # The code of a decorated function starts at its first decorator.
     first = tree.decorator_list
     tree.decorator_list = []
     classes = tuple(function.__qualname__.split(".")[:-1])
     if "<locals>" in classes:
         classes = classes[len(classes) - classes[::-1].index("<locals>") :]
-    imported = _imports(lines) & set(_global_names(code))
+    imported = _imports(code.co_filename, lines) & set(_global_names(code))
     source = Source(function, tree, classes, code.co_flags & _FUTURE, imported)
     free = [name for name in code.co_freevars if name != "__class__"]
     again = source.compile(tree, free, method=True)
@@ -169,11 +169,19 @@ def _end(lines: Sequence[str], start: int) -> int:
     return len(lines)
 
 
-def _imports(lines: Sequence[str]) -> frozenset[str]:
+# By file, the lines that were read and the names that they import at module level.
+_imported_by: dict[str, tuple[list[str], frozenset[str]]] = {}
+
+
+def _imports(path: str, lines: list[str]) -> frozenset[str]:
     """The names that a file imports at module level."""
+    known = _imported_by.get(path)
+    # linecache keeps one list of lines for as long as it believes in it.
+    if known is not None and known[0] is lines:
+        return known[1]
     kept, inside = [], False
     for line in lines:
-        if line.strip() and not line[0].isspace() and line[0] not in ")]}#":
+        if line[0] not in " \t\n\r\f)]}#":
             inside = line.startswith(("def ", "class ", "@", "async "))
         # Definitions are most of the file and have nothing to say here.
         if not inside:
@@ -183,7 +191,9 @@ def _imports(lines: Sequence[str]) -> frozenset[str]:
             tree = ast.parse("".join(text))
         except SyntaxError:
             continue
-        return frozenset(_imported(tree))
+        found = frozenset(_imported(tree))
+        _imported_by[path] = lines, found
+        return found
     raise SourceUnknown("source is not the loaded code")
 
 
