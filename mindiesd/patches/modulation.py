@@ -71,8 +71,8 @@ GATE = Expression(
     build="mindiesd.patches.modulation:build_gated_residual",
 )
 
-# Module (of diffusers.models.transformers where it has no dot), function, and how many modulated
-# norms (n), other modulations (m) and gated residuals (g) it has.
+# Module (of diffusers.models.transformers where it has no dot, else of diffusers.models), function,
+# and how many modulated norms (n), other modulations (m) and gated residuals (g) it has.
 _TABLE = """
 diffusers.models.attention JointTransformerBlock.forward n2 g5
 diffusers.models.attention BasicTransformerBlock.forward n2 m1
@@ -179,12 +179,49 @@ transformer_wan_animate_2 Head.forward n1
 transformer_wan_vace WanVACETransformerBlock.forward n2 g2
 transformer_wan_vace WanVACETransformer3DModel.forward n1 g2
 transformer_z_image ZImageTransformerBlock.forward g2
-diffusers.models.controlnets.controlnet_z_image ZImageTransformerBlock.forward g2
-diffusers.models.controlnets.controlnet_z_image ZImageControlTransformerBlock.forward g2
+controlnets.controlnet_z_image ZImageTransformerBlock.forward g2
+controlnets.controlnet_z_image ZImageControlTransformerBlock.forward g2
+diffusers.models.attention_processor SpatialNorm.forward g1
+autoencoders.autoencoder_cosmos3_audio Snake1d.forward g1
+autoencoders.autoencoder_kandinsky6_sr Kandinsky6SRSpatialNorm3D.forward g1
+autoencoders.autoencoder_kl_cogvideox CogVideoXSpatialNorm3D.forward g1
+autoencoders.autoencoder_kl_kvae KVAEDecoderSpatialNorm2D.forward g1
+autoencoders.autoencoder_kl_kvae_audio KVAEAudioSnake1d.forward g1
+autoencoders.autoencoder_kl_kvae_video KVAECachedSpatialNorm3D.forward g1
+autoencoders.autoencoder_kl_ltx LTXVideoResnetBlock3d.forward m2
+autoencoders.autoencoder_kl_ltx LTXVideoDecoder3d.forward m1
+autoencoders.autoencoder_kl_ltx2 LTX2VideoResnetBlock3d.forward m2
+autoencoders.autoencoder_kl_ltx2 LTX2VideoDecoder3d.forward m1
+autoencoders.autoencoder_kl_minimax_h3 MiniMaxH3VideoTransformerBlock.forward g2
+autoencoders.autoencoder_kl_minimax_h3_audio MiniMaxH3AudioSnake1d.forward g1
+autoencoders.autoencoder_kl_minimax_h3_audio MiniMaxH3AudioSnakeBeta.forward g1
+autoencoders.autoencoder_longcat_audio_dit Snake1d.forward g1
+autoencoders.autoencoder_oobleck Snake1d.forward g1
+autoencoders.autoencoder_rfd4_proteina RFD4ProteinaAdaptiveNorm.forward g1
+autoencoders.autoencoder_same DynamicTanh.forward g1
+autoencoders.ltx2_diffusion_decoder LTX2VideoVaeDiffusionNABlock.forward m2
+autoencoders.minimax_music3_vocoder MiniMaxMusic3Snake1d.forward g1
+autoencoders.mmaudio_vocoder MMAudioSnakeBeta.forward g1
+latent_upscaler.latent_upscaler_kandinsky6_sr Kandinsky6SRLatentUpscalerModulatedNorm.forward g1
+diffusers.models.normalization AdaGroupNorm.forward m1
+diffusers.models.normalization GlobalResponseNorm.forward g1
+diffusers.models.resnet AlphaBlender.forward g1
+unets.unet_kandinsky3 Kandinsky3ConditionalGroupNorm.forward m1
+unets.unet_stable_cascade SDCascadeTimestepBlock.forward m1
+unets.unet_stable_cascade GlobalResponseNorm.forward g1
+unets.uvit_2d ConvNextBlock.forward m1
 """
 
 # In the order in which they are looked for.
 _KINDS = {"c": CAST_NORM_MODULATE, "n": NORM_MODULATE, "m": MODULATE, "g": GATE}
+
+
+def _home(module: str) -> str:
+    if module.startswith("diffusers."):
+        return module
+    return (
+        f"diffusers.models.{module}" if "." in module else f"diffusers.models.transformers.{module}"
+    )
 
 
 def _rules() -> Iterator[Rewrite]:
@@ -192,7 +229,7 @@ def _rules() -> Iterator[Rewrite]:
         if line:
             module, qualname, *counts = line.split()
             yield Rewrite(
-                module=module if "." in module else f"diffusers.models.transformers.{module}",
+                module=_home(module),
                 qualname=qualname,
                 counts={
                     kind: int(count[1:])

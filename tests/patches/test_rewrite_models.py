@@ -12,13 +12,19 @@ import wrapt
 from torch import nn
 
 import mindiesd
-from mindiesd.patches import inline_rope, modulation, tables
+from mindiesd.patches import conditioning, group_norm, inline_rope, modulation, tables
 from mindiesd.patches.rewriting.rewrite import rewrite
 from mindiesd.patches.scope import Site
 from tests import oracles
 from tests.emulator.tiny_models import MODELS, first_tensor
 
-FAMILIES = {"inline_rope": inline_rope, "modulation": modulation, "tables": tables}
+FAMILIES = {
+    "inline_rope": inline_rope,
+    "modulation": modulation,
+    "conditioning": conditioning,
+    "group_norm": group_norm,
+    "tables": tables,
+}
 RECORDS = [(family, record) for family in FAMILIES for record in FAMILIES[family].RECORDS]
 
 
