@@ -83,16 +83,25 @@ RECORDS, _BY_NAME = records(
 build = builder(_BY_NAME)
 
 
+def after_uninstall(replacement: object) -> None:
+    """Forget, now that nothing asks any more."""
+    from mindiesd.patches.memory import MEMORY
+
+    MEMORY.clear()
+
+
 def build_projection(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``linear(silu(x))``."""
     import torch
 
-    refusal, remembered = refusal_of_projection(), remembering()
+    from mindiesd.patches.memory import SILU
+
+    refusal = refusal_of_projection()
     dynamo = torch.compiler.is_dynamo_compiling
 
     def projection(linear: Any, silu: Any, x: Any) -> Any:
         if site.takes(refusal(linear, silu, x)) and not dynamo():
-            return linear(remembered(silu, x))
+            return linear(SILU(x))
         return original(linear, silu, x)
 
     return projection
@@ -102,7 +111,9 @@ def build_cast_projection(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``linear(silu(x).to(dtype))``."""
     import torch
 
-    refusal, remembered = refusal_of_projection(), remembering()
+    from mindiesd.patches.memory import SILU
+
+    refusal = refusal_of_projection()
     dynamo = torch.compiler.is_dynamo_compiling
 
     def projection(linear: Any, silu: Any, x: Any, dtype: Any) -> Any:
@@ -110,7 +121,7 @@ def build_cast_projection(original: Any, site: Site) -> Callable[..., Any]:
         if reason is None and x.dtype is not dtype:
             reason = law.MIXED_DTYPES
         if site.takes(reason) and not dynamo():
-            return linear(remembered(silu, x))
+            return linear(SILU(x))
         return original(linear, silu, x, dtype)
 
     return projection
@@ -132,13 +143,3 @@ def refusal_of_projection() -> Callable[[Any, Any, Any], str | None]:
         return refusal(x)
 
     return refused
-
-
-def remembering() -> Callable[[Any, Any], Any]:
-    """A function of a SiLU and a tensor: the result, made once."""
-    from mindiesd.patches.memory import MEMORY
-
-    def remembered(silu: Any, x: Any) -> Any:
-        return MEMORY.recall("silu", (x,), x.device, lambda: silu(x))
-
-    return remembered

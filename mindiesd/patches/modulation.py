@@ -27,6 +27,9 @@ HOOKED = "norm with hooks, or with a forward of its own"
 DEVICES = "operands on several devices"
 SHAPE = "scale or shift does not span the last dimension"
 
+# Elements; 1 is added to all of a projection where that costs no more than a launch.
+_LARGEST_PROJECTION = 1 << 20
+
 NORM_MODULATE = Expression(
     name="norm_modulate",
     spellings=(
@@ -257,11 +260,13 @@ build = builder(_BY_NAME)
 
 def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``norm(x) * (1 + scale) + shift``."""
+    import torch
     from diffusers.models.normalization import FP32LayerNorm
     from torch import float32 as single
     from torch.nn import LayerNorm
 
     from mindiesd.ops import ada_norm
+    from mindiesd.ops import norm as norms
 
     kinds = (LayerNorm, FP32LayerNorm)
     hooked = _hook_finder()
@@ -298,6 +303,15 @@ def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
             # parameters and the result are cast.
             if reason is None and x.dtype is single:
                 site.takes(None)
+                gain = one_more(scale) if scale.dtype is single else None
+                if gain is not None and norm.weight is None and norm.bias is None:
+                    if scale.shape[:-1] == shift.shape[:-1] == (1, 1):
+                        hidden, offset = norm.normalized_shape, shift.float()
+                        return norms.layer_norm(
+                            x, hidden, gain.view(hidden), offset.view(hidden), norm.eps
+                        )
+                    normed = norms.layer_norm(x, norm.normalized_shape, None, None, norm.eps)
+                    return torch.addcmul(shift.float(), normed, gain)
                 return ada_norm.layer_norm_scale_shift(
                     x, norm.weight, norm.bias, norm.eps, scale, shift
                 )
@@ -351,11 +365,37 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``x * (1 + scale) + shift``; scale and shift of x's dtype, or half where that is float32."""
     import torch
 
-    if scale.dtype is not x.dtype:
-        scale = scale.float()
     if shift.dtype is not x.dtype:
         shift = shift.float()
-    return torch.addcmul(shift, x, 1 + scale)
+    if scale.dtype is not x.dtype:
+        return torch.addcmul(shift, x, 1 + scale.float())
+    gain = one_more(scale)
+    return torch.addcmul(shift, x, 1 + scale if gain is None else gain)
+
+
+def one_more(scale: Tensor) -> Tensor | None:
+    """``1 + scale``, made once for all parts of the projection that the scale is one of.
+
+    None where the scale is no part of one, or of one with few others: a block takes its modulations
+    from six parts of one small tensor, of which two are scales.
+    """
+    import torch
+
+    if torch.compiler.is_dynamo_compiling() or scale.is_inference():
+        return None
+    whole = scale._base
+    if (
+        whole is None
+        or whole.dtype is not scale.dtype
+        or whole.requires_grad
+        or not 4 * scale.numel() <= whole.numel() <= _LARGEST_PROJECTION
+        or not whole.is_contiguous()
+    ):
+        return None
+    from mindiesd.patches.memory import ONE_MORE
+
+    offset = scale.storage_offset() - whole.storage_offset()
+    return ONE_MORE(whole).as_strided(scale.shape, scale.stride(), offset)
 
 
 def build_gated_residual(original: Any, site: Site) -> Callable[..., Any]:

@@ -33,6 +33,13 @@ RECORDS = (
 )
 
 
+def after_uninstall(replacement: object) -> None:
+    """Forget, now that nothing asks any more."""
+    from mindiesd.patches.memory import MEMORY
+
+    MEMORY.clear()
+
+
 def build(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``torch.nn.Sequential.forward``."""
     import torch
@@ -40,9 +47,9 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.ops import norm as norms
     from mindiesd.patches import conditioning, group_norm
+    from mindiesd.patches.memory import SILU
 
     fused, shared = group_norm.refusal_of_norm_act(), conditioning.refusal_of_projection()
-    remembered = conditioning.remembering()
     dynamo = torch.compiler.is_dynamo_compiling
 
     def forward(self: Any, input: Any) -> Any:
@@ -65,7 +72,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                     and site.takes(shared(second, first, input))
                     and not dynamo()
                 ):
-                    return second(remembered(first, input))
+                    return second(SILU(input))
         return original(self, input)
 
     return forward
