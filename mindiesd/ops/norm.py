@@ -76,6 +76,8 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
 
 
+NO_GROUP_NORM_SILU = "no kernel of group norm and SiLU but on an Ascend NPU"
+
 _FLOATING = frozenset(checks.FLOATING)
 _STRIDED = torch.strided
 
@@ -235,3 +237,41 @@ def layer_norm(
         Shape and dtype of x.
     """
     return backend_of(x).layer_norm(x, normalized_shape, weight, bias, eps)
+
+
+def group_norm_silu_refusal(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> str | None:
+    """Why the device has no kernel for ``silu(group_norm(x))`` of these; None if it has one.
+
+    Args:
+        x: [B, C, ...].
+        weight: [C], or None.
+        bias: [C], or None.
+        groups: of channels.
+        eps: added to the variance.
+    """
+    refusal = getattr(backend_of(x), "group_norm_silu_refusal", None)
+    if refusal is None:
+        return NO_GROUP_NORM_SILU
+    reason: str | None = refusal(x, weight, bias, groups, eps)
+    return reason
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """``silu(group_norm(x))`` in one kernel, rounded once.
+
+    Source: Wu and He (arXiv 1803.08494), followed by ``y * sigmoid(y)``.
+
+    Args:
+        x: [B, C, ...], not refused by :func:`group_norm_silu_refusal`.
+        weight: [C], of x's dtype.
+        bias: [C], of x's dtype.
+        groups: of channels.
+        eps: added to the variance.
+
+    Returns:
+        Shape and dtype of x.
+    """
+    out: Tensor = backend_of(x).group_norm_silu(x, weight, bias, groups, eps)  # type: ignore[attr-defined]
+    return out

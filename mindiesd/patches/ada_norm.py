@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from mindiesd.patches import composed_attention, law, modulation
+from mindiesd.patches import composed_attention, conditioning, law, modulation
 from mindiesd.patches.registry import Left
 from mindiesd.patches.rewriting.records import builder, records
 from mindiesd.patches.rewriting.rules import Expression, Rewrite, Statements
@@ -68,19 +68,20 @@ NORM_PRODUCT = Expression(
 # Module (of diffusers.models.transformers where it has no dot), class, and how many modulated norms
 # it has: with an index after 1 + scale (i), with the result cast (c), plain (n); modulations of
 # something else, with an index (j) and without (m); norms that are scaled and not shifted, by
-# 1 + scale with an index (t) and without (s), and by a product (p). A function is rewritten once:
-# the attention that one of them writes out is here as well (a).
+# 1 + scale with an index (t) and without (s), and by a product (p). A function is rewritten once,
+# so these are here as well: projections of the SiLU of the conditioning (z), and of one that is
+# cast (y), and the attention that one of them writes out (a).
 _TABLE = """
 diffusers.models.embeddings IPAdapterTimeImageProjectionBlock n2 a1
 diffusers.models.normalization AdaLayerNorm n1
-diffusers.models.normalization AdaLayerNormZero n1
-diffusers.models.normalization AdaLayerNormZeroSingle n1
-diffusers.models.normalization SD35AdaLayerNormZeroX m2
-diffusers.models.normalization AdaLayerNormContinuous i1
-diffusers.models.normalization CogView3PlusAdaLayerNormZeroTextImage n2
-diffusers.models.normalization CogVideoXLayerNormZero i2
-diffusers.models.normalization LuminaRMSNormZero s1
-diffusers.models.normalization LuminaLayerNormContinuous t1
+diffusers.models.normalization AdaLayerNormZero n1 z1
+diffusers.models.normalization AdaLayerNormZeroSingle n1 z1
+diffusers.models.normalization SD35AdaLayerNormZeroX m2 z1
+diffusers.models.normalization AdaLayerNormContinuous i1 y1
+diffusers.models.normalization CogView3PlusAdaLayerNormZeroTextImage n2 z1
+diffusers.models.normalization CogVideoXLayerNormZero i2 z1
+diffusers.models.normalization LuminaRMSNormZero s1 z1
+diffusers.models.normalization LuminaLayerNormContinuous t1 y1
 sana_transformer SanaModulatedNorm n1
 transformer_bria_fibo2 FinalLayer p1
 transformer_chroma ChromaAdaLayerNormZeroPruned n1
@@ -88,21 +89,21 @@ transformer_chroma ChromaAdaLayerNormZeroSinglePruned n1
 transformer_chroma ChromaAdaLayerNormContinuousPruned i1
 transformer_cogview4 CogView4AdaLayerNormZero c2
 transformer_cogview4 CogView4AdaLayerNormContinuous i1
-transformer_cosmos CosmosAdaLayerNorm m1
-transformer_cosmos CosmosAdaLayerNormZero m1
-transformer_easyanimate EasyAnimateLayerNormZero n2
+transformer_cosmos CosmosAdaLayerNorm m1 z1
+transformer_cosmos CosmosAdaLayerNormZero m1 z1
+transformer_easyanimate EasyAnimateLayerNormZero n2 z1
 transformer_ernie_image ErnieImageAdaLNContinuous n1
 transformer_flux3 Flux3AdaLayerNorm n1
 transformer_glm_image GlmImageAdaLayerNormZero c2
 transformer_glm_image GlmImageAdaLayerNormContinuous i1
 transformer_helios HeliosOutputNorm n1
-transformer_hunyuan_video HunyuanVideoTokenReplaceAdaLayerNormZero m2
-transformer_hunyuan_video HunyuanVideoTokenReplaceAdaLayerNormZeroSingle m2
+transformer_hunyuan_video HunyuanVideoTokenReplaceAdaLayerNormZero m2 z2
+transformer_hunyuan_video HunyuanVideoTokenReplaceAdaLayerNormZeroSingle m2 z2
 transformer_ideogram4 Ideogram4FinalLayer p1
-transformer_longcat_audio_dit AudioDiTAdaLayerNormZeroFinal j1 m1
+transformer_longcat_audio_dit AudioDiTAdaLayerNormZeroFinal j1 m1 z1
 transformer_minimax_h3 MiniMaxH3AdaLayerNormOut m1
-transformer_mochi MochiRMSNormZero s1
-transformer_qwenimage21 QwenImage21AdaLayerNormContinuous s1
+transformer_mochi MochiRMSNormZero s1 z1
+transformer_qwenimage21 QwenImage21AdaLayerNormContinuous s1 y1
 transformer_sana_video SanaModulatedNorm n1
 transformer_z_image FinalLayer p1
 """
@@ -118,6 +119,8 @@ _KINDS: dict[str, Expression | Statements] = {
     "s": NORM_SCALE,
     "p": NORM_PRODUCT,
     "a": composed_attention.SPLIT_SCALE,
+    "z": conditioning.PROJECTION,
+    "y": conditioning.CAST_PROJECTION,
 }
 
 _NO_NORM = "projects the conditioning and normalises nothing"
@@ -126,22 +129,9 @@ LEFT = tuple(
     for target, reason in (
         ("diffusers.models.normalization.AdaLayerNormSingle", _NO_NORM),
         ("diffusers.models.transformers.transformer_ltx2.LTX2AdaLayerNormSingle", _NO_NORM),
-        ("diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoAdaNorm", _NO_NORM),
-        (
-            "diffusers.models.transformers.hunyuan_transformer_2d.AdaLayerNormShift",
-            "norm and sum are two kernels, and so are adding the shift to the bias and the norm",
-        ),
         (
             "diffusers.models.transformers.transformer_mochi.MochiModulatedRMSNorm",
             "its scale comes as an argument, of its own for each sample; the norm is redirected",
-        ),
-        (
-            "diffusers.models.normalization.AdaGroupNorm",
-            "group norms are one kernel, whose weight is not of each sample",
-        ),
-        (
-            "diffusers.models.attention_processor.SpatialNorm",
-            "its scale is an image: a group norm and a product, nothing to fold",
         ),
     )
 )

@@ -171,3 +171,40 @@ def _size(result: Any, roots: tuple[Tensor, ...]) -> int | None:
 
 MEMORY = Memory()
 """What the patches of this process remember."""
+
+
+class Recent:
+    """A function of one tensor whose results :data:`MEMORY` keeps; the last one is found sooner.
+
+    What every block of a model asks for in turn is the same, and a look at the table would cost
+    more than some of what it saves.
+    """
+
+    def __init__(self, key: Hashable, make: Callable[[Tensor], Tensor]) -> None:
+        """Remember ``make(x)`` under ``key``."""
+        self._key = key
+        self._make = make
+        self._local = threading.local()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``make(x)``; x is no inference tensor."""
+        kept: tuple[_Mark, _Mark, Hashable] | None = getattr(self._local, "kept", None)
+        if kept is not None and kept[0].holds(x) and kept[2] == _place(x.device, (x,)):
+            last = kept[1].tensor()
+            if last is not None and last._version == kept[1].version:
+                return last
+        result: Tensor = MEMORY.recall(self._key, (x,), x.device, lambda: self._make(x))
+        place = _place(x.device, (x,))
+        if place is not None and _size(result, (x,)) is not None:
+            self._local.kept = _Mark.of(x), _Mark.of(result), place
+        return result
+
+
+SILU = Recent("silu", lambda x: torch.nn.functional.silu(x))
+"""The SiLU of a conditioning."""
+
+ONE_MORE = Recent("1 + x", lambda x: 1 + x)
+"""1 added to a projection of the conditioning, of which parts are scales."""
+
+PAIRS = Recent("pairs", lambda x: x.repeat_interleave(2, dim=1, output_size=2 * x.shape[1]))
+"""Angles, each twice in a row: the cosines and the sines of pairs of channels are taken of them."""

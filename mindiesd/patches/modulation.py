@@ -27,6 +27,9 @@ HOOKED = "norm with hooks, or with a forward of its own"
 DEVICES = "operands on several devices"
 SHAPE = "scale or shift does not span the last dimension"
 
+# Elements; 1 is added to all of a projection where that costs no more than a launch.
+_LARGEST_PROJECTION = 1 << 20
+
 NORM_MODULATE = Expression(
     name="norm_modulate",
     spellings=(
@@ -71,8 +74,8 @@ GATE = Expression(
     build="mindiesd.patches.modulation:build_gated_residual",
 )
 
-# Module (of diffusers.models.transformers where it has no dot), function, and how many modulated
-# norms (n), other modulations (m) and gated residuals (g) it has.
+# Module (of diffusers.models.transformers where it has no dot, else of diffusers.models), function,
+# and how many modulated norms (n), other modulations (m) and gated residuals (g) it has.
 _TABLE = """
 diffusers.models.attention JointTransformerBlock.forward n2 g5
 diffusers.models.attention BasicTransformerBlock.forward n2 m1
@@ -179,12 +182,49 @@ transformer_wan_animate_2 Head.forward n1
 transformer_wan_vace WanVACETransformerBlock.forward n2 g2
 transformer_wan_vace WanVACETransformer3DModel.forward n1 g2
 transformer_z_image ZImageTransformerBlock.forward g2
-diffusers.models.controlnets.controlnet_z_image ZImageTransformerBlock.forward g2
-diffusers.models.controlnets.controlnet_z_image ZImageControlTransformerBlock.forward g2
+controlnets.controlnet_z_image ZImageTransformerBlock.forward g2
+controlnets.controlnet_z_image ZImageControlTransformerBlock.forward g2
+diffusers.models.attention_processor SpatialNorm.forward g1
+autoencoders.autoencoder_cosmos3_audio Snake1d.forward g1
+autoencoders.autoencoder_kandinsky6_sr Kandinsky6SRSpatialNorm3D.forward g1
+autoencoders.autoencoder_kl_cogvideox CogVideoXSpatialNorm3D.forward g1
+autoencoders.autoencoder_kl_kvae KVAEDecoderSpatialNorm2D.forward g1
+autoencoders.autoencoder_kl_kvae_audio KVAEAudioSnake1d.forward g1
+autoencoders.autoencoder_kl_kvae_video KVAECachedSpatialNorm3D.forward g1
+autoencoders.autoencoder_kl_ltx LTXVideoResnetBlock3d.forward m2
+autoencoders.autoencoder_kl_ltx LTXVideoDecoder3d.forward m1
+autoencoders.autoencoder_kl_ltx2 LTX2VideoResnetBlock3d.forward m2
+autoencoders.autoencoder_kl_ltx2 LTX2VideoDecoder3d.forward m1
+autoencoders.autoencoder_kl_minimax_h3 MiniMaxH3VideoTransformerBlock.forward g2
+autoencoders.autoencoder_kl_minimax_h3_audio MiniMaxH3AudioSnake1d.forward g1
+autoencoders.autoencoder_kl_minimax_h3_audio MiniMaxH3AudioSnakeBeta.forward g1
+autoencoders.autoencoder_longcat_audio_dit Snake1d.forward g1
+autoencoders.autoencoder_oobleck Snake1d.forward g1
+autoencoders.autoencoder_rfd4_proteina RFD4ProteinaAdaptiveNorm.forward g1
+autoencoders.autoencoder_same DynamicTanh.forward g1
+autoencoders.ltx2_diffusion_decoder LTX2VideoVaeDiffusionNABlock.forward m2
+autoencoders.minimax_music3_vocoder MiniMaxMusic3Snake1d.forward g1
+autoencoders.mmaudio_vocoder MMAudioSnakeBeta.forward g1
+latent_upscaler.latent_upscaler_kandinsky6_sr Kandinsky6SRLatentUpscalerModulatedNorm.forward g1
+diffusers.models.normalization AdaGroupNorm.forward m1
+diffusers.models.normalization GlobalResponseNorm.forward g1
+diffusers.models.resnet AlphaBlender.forward g1
+unets.unet_kandinsky3 Kandinsky3ConditionalGroupNorm.forward m1
+unets.unet_stable_cascade SDCascadeTimestepBlock.forward m1
+unets.unet_stable_cascade GlobalResponseNorm.forward g1
+unets.uvit_2d ConvNextBlock.forward m1
 """
 
 # In the order in which they are looked for.
 _KINDS = {"c": CAST_NORM_MODULATE, "n": NORM_MODULATE, "m": MODULATE, "g": GATE}
+
+
+def _home(module: str) -> str:
+    if module.startswith("diffusers."):
+        return module
+    return (
+        f"diffusers.models.{module}" if "." in module else f"diffusers.models.transformers.{module}"
+    )
 
 
 def _rules() -> Iterator[Rewrite]:
@@ -192,7 +232,7 @@ def _rules() -> Iterator[Rewrite]:
         if line:
             module, qualname, *counts = line.split()
             yield Rewrite(
-                module=module if "." in module else f"diffusers.models.transformers.{module}",
+                module=_home(module),
                 qualname=qualname,
                 counts={
                     kind: int(count[1:])
@@ -220,11 +260,13 @@ build = builder(_BY_NAME)
 
 def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
     """The replacement of ``norm(x) * (1 + scale) + shift``."""
+    import torch
     from diffusers.models.normalization import FP32LayerNorm
     from torch import float32 as single
     from torch.nn import LayerNorm
 
     from mindiesd.ops import ada_norm
+    from mindiesd.ops import norm as norms
 
     kinds = (LayerNorm, FP32LayerNorm)
     hooked = _hook_finder()
@@ -261,6 +303,15 @@ def build_norm_modulate(original: Any, site: Site) -> Callable[..., Any]:
             # parameters and the result are cast.
             if reason is None and x.dtype is single:
                 site.takes(None)
+                gain = one_more(scale) if scale.dtype is single else None
+                if gain is not None and norm.weight is None and norm.bias is None:
+                    if scale.shape[:-1] == shift.shape[:-1] == (1, 1):
+                        hidden, offset = norm.normalized_shape, shift.float()
+                        return norms.layer_norm(
+                            x, hidden, gain.view(hidden), offset.view(hidden), norm.eps
+                        )
+                    normed = norms.layer_norm(x, norm.normalized_shape, None, None, norm.eps)
+                    return torch.addcmul(shift.float(), normed, gain)
                 return ada_norm.layer_norm_scale_shift(
                     x, norm.weight, norm.bias, norm.eps, scale, shift
                 )
@@ -314,11 +365,37 @@ def scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """``x * (1 + scale) + shift``; scale and shift of x's dtype, or half where that is float32."""
     import torch
 
-    if scale.dtype is not x.dtype:
-        scale = scale.float()
     if shift.dtype is not x.dtype:
         shift = shift.float()
-    return torch.addcmul(shift, x, 1 + scale)
+    if scale.dtype is not x.dtype:
+        return torch.addcmul(shift, x, 1 + scale.float())
+    gain = one_more(scale)
+    return torch.addcmul(shift, x, 1 + scale if gain is None else gain)
+
+
+def one_more(scale: Tensor) -> Tensor | None:
+    """``1 + scale``, made once for all parts of the projection that the scale is one of.
+
+    None where the scale is no part of one, or of one with few others: a block takes its modulations
+    from six parts of one small tensor, of which two are scales.
+    """
+    import torch
+
+    if torch.compiler.is_dynamo_compiling() or scale.is_inference():
+        return None
+    whole = scale._base
+    if (
+        whole is None
+        or whole.dtype is not scale.dtype
+        or whole.requires_grad
+        or not 4 * scale.numel() <= whole.numel() <= _LARGEST_PROJECTION
+        or not whole.is_contiguous()
+    ):
+        return None
+    from mindiesd.patches.memory import ONE_MORE
+
+    offset = scale.storage_offset() - whole.storage_offset()
+    return ONE_MORE(whole).as_strided(scale.shape, scale.stride(), offset)
 
 
 def build_gated_residual(original: Any, site: Site) -> Callable[..., Any]:

@@ -115,10 +115,6 @@ LEFT = (
         "divides by max(norm, eps), which no kernel does, and its three operators are the fewest",
     ),
     Left(
-        "diffusers.models.normalization.GlobalResponseNorm",
-        "normalises over space, then over channels; no kernel does, nothing is computed twice",
-    ),
-    Left(
         "diffusers.models.autoencoders.autoencoder_kl_ltx2.PerChannelRMSNorm",
         "the channels are not the last dimension: moving them there copies the tensor twice, and "
         "written for that dimension it takes as many operators as now",
@@ -127,7 +123,6 @@ LEFT = (
         "diffusers.models.autoencoders.autoencoder_kl_ltx2_audio.LTX2AudioPixelNorm",
         "as PerChannelRMSNorm",
     ),
-    Left("torch.nn.GroupNorm", "is one kernel of the device already"),
     Left(
         "transformers.models.mamba2.modeling_mamba2.MambaRMSNormGated",
         "gates before it normalises; no diffusers pipeline uses it, nor its like",

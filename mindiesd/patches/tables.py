@@ -15,10 +15,11 @@ from typing import Any
 
 from mindiesd.patches import law
 from mindiesd.patches.rewriting.records import builder, records
-from mindiesd.patches.rewriting.rules import Expression, Rewrite, Whole
+from mindiesd.patches.rewriting.rules import Expression, Nested, Rewrite, Statements, Whole
 from mindiesd.patches.scope import Site
 
 _HERE = "mindiesd.patches.tables"
+Kinds = dict[Expression | Statements | Nested | Whole, int]
 
 INFERENCE = "inference tensors, whose changes are not counted"
 STATE = "module with parameters, or settings that are not numbers"
@@ -36,8 +37,11 @@ OF_IDS = Whole(
 )
 OF_SHAPE = Whole(
     name="tables of a shape",
-    # HunyuanVideo, HunyuanVideo 1.5, HunyuanImage, Motif.
-    prints=("2dd95f6ba2b4bf52", "7e284e7f52d42f56", "cedfc270de18dd2a", "72880364fd3d09a2"),
+    # HunyuanVideo, HunyuanVideo 1.5, HunyuanImage, Motif; of a shape and numbers: Cosmos, LTX.
+    prints=(
+        *("2dd95f6ba2b4bf52", "7e284e7f52d42f56", "cedfc270de18dd2a", "72880364fd3d09a2"),
+        *("f2e25fde12e670c5", "76b7cc935c30cb67"),
+    ),
     build=f"{_HERE}:build_of_shape",
 )
 JOINED_IDS = Expression(
@@ -47,8 +51,64 @@ JOINED_IDS = Expression(
     build=f"{_HERE}:build_joined",
 )
 
-_TABLE: tuple[tuple[str, str, Whole | Expression], ...] = (
+_STEPS = "torch.arange(0, DIM, 2, dtype=DTYPE, device=DEVICE)"
+FREQUENCIES = Expression(
+    name="frequencies",
+    spellings=(
+        f"1.0 / (THETA ** ({_STEPS} / DIM)) / FACTOR",
+        f"1.0 / (THETA ** ({_STEPS}[: (DIM // 2)] / DIM)) / FACTOR",
+    ),
+    holes=("THETA", "DIM", "DTYPE", "DEVICE", "FACTOR"),
+    build=f"{_HERE}:build_of_numbers",
+)
+OMEGA = Expression(
+    name="omega",
+    spellings=(f"1.0 / THETA ** ({_STEPS} / DIM)",),
+    holes=("THETA", "DIM", "DTYPE", "DEVICE"),
+    joins=(f"{_STEPS} / DIM",),
+    build=f"{_HERE}:build_of_numbers",
+)
+EXPONENTIALS = Expression(
+    name="exponentials",
+    spellings=(
+        "torch.exp(-math.log(PERIOD) * "
+        "torch.arange(start=0, end=HALF, dtype=torch.float32, device=DEVICE) / HALF)",
+        "torch.exp(torch.arange(HALF, dtype=torch.float32, device=DEVICE) * "
+        "(-math.log(PERIOD) / (HALF - 1)))",
+    ),
+    holes=("PERIOD", "HALF", "DEVICE"),
+    build=f"{_HERE}:build_of_numbers",
+)
+PAIRED_COS, PAIRED_SIN = (
+    Expression(
+        name=f"paired_{name}",
+        spellings=(
+            f"X.{name}().repeat_interleave(2, dim=1, output_size=X.shape[1] * 2)",
+            f"X.{name}().repeat_interleave(2, dim=1)",
+        ),
+        holes=("X",),
+        build=f"{_HERE}:build_paired_{name}",
+    )
+    for name in ("cos", "sin")
+)
+POSITIONS = Whole(
+    name="embedding of positions",
+    prints=("6456029423dabdb1",),
+    build=f"{_HERE}:build_of_numbers",
+)
+_ROTARY: Kinds = {FREQUENCIES: 1, PAIRED_COS: 1, PAIRED_SIN: 1}
+
+_TABLE: tuple[tuple[str, str, Whole | Expression | Kinds], ...] = (
     ("embeddings", "get_timestep_embedding", TIMESTEPS),
+    ("embeddings", "get_1d_rotary_pos_embed", _ROTARY),
+    ("embeddings", "get_3d_sincos_pos_embed", POSITIONS),
+    ("transformers.transformer_bria", "get_1d_rotary_pos_embed", _ROTARY),
+    ("transformers.transformer_ernie_image", "rope", OMEGA),
+    ("transformers.transformer_hidream_image", "rope", OMEGA),
+    ("transformers.transformer_prx", "PRXEmbedND.rope", OMEGA),
+    ("transformers.transformer_rfd4_proteina", "get_rfd4_time_embedding", EXPONENTIALS),
+    ("transformers.transformer_cosmos", "CosmosRotaryPosEmbed.forward", OF_SHAPE),
+    ("transformers.transformer_ltx", "LTXVideoRotaryPosEmbed.forward", OF_SHAPE),
     ("transformers.transformer_flux", "FluxPosEmbed.forward", OF_IDS),
     ("transformers.transformer_flux2", "Flux2PosEmbed.forward", OF_IDS),
     ("transformers.transformer_flux3", "Flux3PosEmbed.forward", OF_IDS),
@@ -76,7 +136,11 @@ _TABLE: tuple[tuple[str, str, Whole | Expression], ...] = (
 
 RECORDS, _BY_NAME = records(
     (
-        Rewrite(module=f"diffusers.models.{module}", qualname=qualname, counts={kind: 1})
+        Rewrite(
+            module=f"diffusers.models.{module}",
+            qualname=qualname,
+            counts=kind if isinstance(kind, dict) else {kind: 1},
+        )
         for module, qualname, kind in _TABLE
     ),
     family="tables",
@@ -175,7 +239,10 @@ def build_of_values(original: Any, site: Site) -> Callable[..., Any]:
 
 
 def build_of_shape(original: Any, site: Site) -> Callable[..., Any]:
-    """The replacement of a module's forward that looks at one tensor's shape and device only."""
+    """The replacement of a module's forward that looks at one tensor's shape and device only.
+
+    Besides, it may look at numbers.
+    """
     import torch
 
     from mindiesd.patches.memory import MEMORY
@@ -184,20 +251,89 @@ def build_of_shape(original: Any, site: Site) -> Callable[..., Any]:
     dynamo = torch.compiler.is_dynamo_compiling
 
     def remembered(*given: Any, **named: Any) -> Any:
-        usual = len(given) == 2 and not named
-        reason = refusal(given[1], kept=False) if usual else law.UNUSUAL_ARGUMENT
+        x: Any = given[1] if len(given) >= 2 else named.get("hidden_states")
+        more = (*given[2:], *(part for pair in sorted(named.items()) for part in pair))
+        more = tuple(part for part in more if part is not x)
+        usual = bool(given) and all(map(_constant, more))
+        reason = refusal(x, kept=False) if usual else law.UNUSUAL_ARGUMENT
         if dynamo():
             site.takes(reason)
             return original(*given, **named)  # into the graph
         facts = _facts(given[0]) if reason is None else None
         if site.takes(STATE if reason is None and facts is None else reason):
-            x = given[1]
-            return MEMORY.recall(
-                (original, facts, tuple(x.shape)), (), x.device, lambda: original(*given)
-            )
+            # As text: 1 and 1.0 are equal, and not the same.
+            key = (original, facts, tuple(x.shape), len(given), repr(more))
+            return MEMORY.recall(key, (), x.device, lambda: original(*given, **named))
         return original(*given, **named)
 
     return remembered
+
+
+def _constant(value: Any) -> bool:
+    """Whether an argument says itself what it is: a number, a text, or several."""
+    if type(value) is tuple:
+        return all(map(_constant, value))
+    return value is None or type(value) in (int, float, bool, str)
+
+
+def build_of_numbers(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of what is made of numbers, a dtype and a device."""
+    import torch
+
+    from mindiesd.patches.memory import MEMORY
+
+    _, jit_tracing, autocast = law.context()
+    dynamo = torch.compiler.is_dynamo_compiling
+
+    def of_numbers(*given: Any, **named: Any) -> Any:
+        reason, device = None, None
+        key: list[Any] = [original]
+        for name, value in (*enumerate(given), *sorted(named.items())):
+            if type(value) is torch.device:
+                device = value
+            elif type(value) is not torch.dtype and not _constant(value):
+                reason = law.UNUSUAL_ARGUMENT
+            # 1 and 1.0 are equal, and not the same.
+            key.append((name, type(value), value))
+        if jit_tracing() is not None:
+            reason = law.JIT_TRACE
+        elif device is None:
+            reason = law.UNUSUAL_ARGUMENT
+        elif autocast():
+            reason = law.AUTOCAST
+        if not site.takes(reason) or device is None or dynamo():
+            return original(*given, **named)
+        return MEMORY.recall(tuple(key), (), device, lambda: original(*given, **named))
+
+    return of_numbers
+
+
+def build_paired_cos(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of ``x.cos().repeat_interleave(2, dim=1)``."""
+    return _build_paired(original, site, cosine=True)
+
+
+def build_paired_sin(original: Any, site: Site) -> Callable[..., Any]:
+    """The replacement of ``x.sin().repeat_interleave(2, dim=1)``."""
+    return _build_paired(original, site, cosine=False)
+
+
+def _build_paired(original: Any, site: Site, cosine: bool) -> Callable[..., Any]:
+    """Angles are repeated before their cosines and sines are taken, once for both."""
+    import torch
+
+    from mindiesd.patches.memory import PAIRS
+
+    refusal = _refusal()
+    dynamo = torch.compiler.is_dynamo_compiling
+
+    def paired(x: Any) -> Any:
+        if site.takes(refusal(x)) and not dynamo():
+            angles = PAIRS(x)
+            return angles.cos() if cosine else angles.sin()
+        return original(x)
+
+    return paired
 
 
 def build_joined(original: Any, site: Site) -> Callable[..., Any]:

@@ -343,3 +343,44 @@ class Block(torch.nn.Module):
         y = gate * y
         x = x + y
         return x
+
+
+def sunk_otherwise(residual, y, gate, flag):
+    if flag:
+        y = gate * y
+    else:
+        residual = residual - 1
+        y = y - 1
+    y = residual + y
+    return y
+
+
+def sunk_without_else(residual, y, gate, flag):
+    if flag == 1:
+        y = gate * y
+    elif flag == 2:
+        raise ValueError(flag)
+    y = residual + y
+    return y
+
+
+def not_sunk(residual, y, gate, flag):
+    if flag:
+        y = gate * y
+    residual = residual - 1
+    y = residual + y
+    return y
+
+
+class Named(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Linear(4, 4)
+        self.second = torch.nn.Tanh()
+        self.third = torch.nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        x = self.second(x)
+        x = self.third(x)
+        return x

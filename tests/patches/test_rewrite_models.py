@@ -12,7 +12,15 @@ import wrapt
 from torch import nn
 
 import mindiesd
-from mindiesd.patches import composed_attention, inline_rope, modulation, registry, tables
+from mindiesd.patches import (
+    composed_attention,
+    conditioning,
+    group_norm,
+    inline_rope,
+    modulation,
+    registry,
+    tables,
+)
 from mindiesd.patches.rewriting.rewrite import rewrite
 from mindiesd.patches.scope import Site
 from tests import oracles
@@ -22,6 +30,8 @@ FAMILIES = {
     "composed_attention": composed_attention,
     "inline_rope": inline_rope,
     "modulation": modulation,
+    "conditioning": conditioning,
+    "group_norm": group_norm,
     "tables": tables,
 }
 RECORDS = [(family, record) for family in FAMILIES for record in FAMILIES[family].RECORDS]

@@ -119,6 +119,46 @@ def test_a_product_that_is_used_elsewhere_stays(function, arguments) -> None:
     assert made(*arguments) == function(*arguments)
 
 
+@pytest.mark.parametrize("flag", [1, 0])
+def test_what_follows_a_condition_is_joined_in_its_branches(flag: int) -> None:
+    made = apply(targets.sunk_otherwise)
+    joined = 1000 if flag else 0
+    assert made(5, 2, 3, flag) == targets.sunk_otherwise(5, 2, 3, flag) + joined
+    assert inspect.getsource(made) == inspect.getsource(targets.sunk_otherwise)
+
+
+def test_a_condition_without_else_gets_one() -> None:
+    made = apply(targets.sunk_without_else)
+    assert made(5, 2, 3, 1) == 11 + 1000
+    assert made(5, 2, 3, 0) == 7
+    with pytest.raises(ValueError, match="2"):
+        made(5, 2, 3, 2)
+
+
+@pytest.mark.parametrize("flag", [1, 0])
+def test_what_does_not_follow_at_once_stays(flag: int) -> None:
+    made = apply(targets.not_sunk, count=0)
+    assert made(5, 2, 3, flag) == targets.not_sunk(5, 2, 3, flag)
+
+
+@pytest.mark.parametrize(("names", "count"), [(("second",), 1), (("first", "third"), 1), ((), 0)])
+def test_members_of_other_names_are_left(names: tuple[str, ...], count: int) -> None:
+    kind = Expression(
+        name="pair",
+        spellings=("OUTER(INNER(X))",),
+        holes=("OUTER", "INNER", "X"),
+        calls=("X",),
+        members=("OUTER", "INNER"),
+        named=(("OUTER", names),),
+        joins=("INNER(X)",),
+        build=f"{HERE}:build_tagged",
+    )
+    made = apply(targets.Named.forward, count, kind=kind)
+    module, x = targets.Named(), torch.randn(2, 4)
+    plain = targets.Named.forward(module, x)
+    assert torch.equal(made(module, x), plain) is (count == 0)
+
+
 def test_nothing_is_moved_past_a_call_of_unknown_effect() -> None:
     made = apply(targets.joined_across, count=0)
     assert made(1, 2, 3, lambda value: value) == targets.joined_across(1, 2, 3, lambda v: v)

@@ -28,7 +28,8 @@ class Backend(Protocol):
     """The functions every backend module has.
 
     One may also have ``attention_varlen`` (packed sequences in one kernel, or None to go one by
-    one) and ``host_list`` (the numbers in a tensor, which it may remember).
+    one), ``host_list`` (the numbers in a tensor, which it may remember) and ``group_norm_silu``
+    with ``group_norm_silu_refusal``.
     """
 
     def attention(

@@ -129,6 +129,27 @@ def _path(
     return None
 
 
+# The branches of a condition.
+
+
+def branches(condition: ast.If) -> Iterator[list[ast.stmt]]:
+    """The statements of every branch; those of ``elif`` are branches of the condition too."""
+    yield condition.body
+    if len(condition.orelse) == 1 and isinstance(condition.orelse[0], ast.If):
+        yield from branches(condition.orelse[0])
+    elif condition.orelse:
+        yield condition.orelse
+
+
+def append(condition: ast.If, statement: ast.stmt) -> None:
+    """Let every branch end with a copy of the statement; after a ``return`` it is never reached."""
+    condition.body.append(copy.deepcopy(statement))
+    if len(condition.orelse) == 1 and isinstance(condition.orelse[0], ast.If):
+        append(condition.orelse[0], statement)
+    else:
+        condition.orelse.append(copy.deepcopy(statement))
+
+
 # Copies.
 
 

@@ -181,11 +181,15 @@ class _Expressions:
     def __init__(self, kind: Expression, outlined: _Outlined) -> None:
         self._kind = kind
         self._outlined = outlined
+        self._named = dict(kind.named)
         self._spellings = [pattern.parse(text) for text in kind.spellings]
         self._joins = [pattern.parse(text) for text in kind.joins]
 
     def rewrite(self, tree: ast.FunctionDef) -> int:
         """Replace every match in ``tree``; how many there were."""
+        if self._joins:
+            for suite in flow.suites(tree):
+                self._sink(suite)
         for suite in list(flow.suites(tree)):
             self._join(tree, suite)
         replacer = _Replacer(self._match, self._call)
@@ -210,6 +214,7 @@ class _Expressions:
                     isinstance(node, ast.Attribute)
                     and isinstance(node.value, ast.Name)
                     and node.value.id == "self"
+                    and node.attr in self._named.get(hole, (node.attr,))
                 ):
                     return False
             elif not pattern.is_plain(node) and (
@@ -246,6 +251,48 @@ class _Expressions:
 
     # Joining statements.
 
+    def _sink(self, suite: list[ast.stmt]) -> None:
+        """Move what follows an ``if`` to the ends of its branches, where it can be joined there.
+
+        if flag: y = norm(x)                    if flag: y = norm(x); y = act(y)
+        else: y = norm(x, temb)         ->      else: y = norm(x, temb); y = act(y)
+        y = act(y)
+        """
+        index = 0
+        while index < len(suite) - 1:
+            condition, statement = suite[index], suite[index + 1]
+            if isinstance(condition, ast.If) and any(
+                self._together(branch[-1], statement) for branch in flow.branches(condition)
+            ):
+                del suite[index + 1]
+                flow.append(condition, statement)
+            index += 1
+
+    def _together(self, before: ast.stmt, statement: ast.stmt) -> bool:
+        """Whether the value named by one statement can be joined to the next."""
+        name, value = flow.assigned(before)
+        if name is None or flow.assigned(statement)[0] != name:
+            return False
+        if not any(pattern.match(join, value) for join in self._joins):
+            return False
+        loads = [
+            node
+            for node in flow.names(statement)
+            if node.id == name and isinstance(node.ctx, ast.Load)
+        ]
+        return len(loads) == 1 and self._fused(statement, loads[0], value) is not None
+
+    def _fused(self, statement: ast.stmt, load: ast.Name, value: ast.expr) -> ast.stmt | None:
+        """``statement`` with ``value`` in the place of a name; None if they do not match so."""
+        trial = _Substituted(load, value).visit(copy.copy(statement))
+        if any(
+            (match := self._match(node)) is not None and id(value) in match.inner
+            for node in ast.walk(trial)
+        ):
+            fused: ast.stmt = trial
+            return fused
+        return None
+
     def _join(self, tree: ast.FunctionDef, suite: list[ast.stmt]) -> None:
         index = 0
         while self._joins and index < len(suite):
@@ -272,14 +319,10 @@ class _Expressions:
             return False
         if own != name and not flow.dead(tree, statement, name):
             return False
-        replaced = _Substituted(loads[0], value)
-        trial = replaced.visit(copy.copy(statement))
-        if not any(
-            (match := self._match(node)) is not None and id(value) in match.inner
-            for node in ast.walk(trial)
-        ):
+        fused = self._fused(statement, loads[0], value)
+        if fused is None:
             return False
-        suite[user] = trial
+        suite[user] = fused
         del suite[index]
         return True
 

@@ -18,11 +18,13 @@ class Expression:
         calls: holes in which anything may stand; in the others, only what changes nothing when
             evaluated, for the arithmetic between is done later than in the source.
         members: holes in which an attribute of ``self`` must stand.
+        named: of some of these, as (hole, names), which attributes they may be.
         build: ``"module:function"``, called with the original and a ``Site``; returns the
             replacement. The original evaluates the expression as it stands in the source.
         joins: nodes of the pattern that may have been given a name in a statement before, as
             patterns: ``NORM(X)`` lets ``y = self.norm(x)`` and ``y * (1 + s) + t`` match together
-            if ``y`` is used for nothing else.
+            if ``y`` is used for nothing else. Where ``y`` is assigned in the branches of a
+            condition, what follows the condition is moved into them.
     """
 
     name: str
@@ -31,6 +33,7 @@ class Expression:
     build: str
     calls: tuple[str, ...] = ()
     members: tuple[str, ...] = ()
+    named: tuple[tuple[str, tuple[str, ...]], ...] = ()
     joins: tuple[str, ...] = ()
 
 

@@ -9,6 +9,8 @@ from mindiesd.ops.backends.npu.activation import geglu, gelu, swiglu
 from mindiesd.ops.backends.npu.dense import Plan, attention, explain
 from mindiesd.ops.backends.npu.norms import (
     centred_rms_norm,
+    group_norm_silu,
+    group_norm_silu_refusal,
     layer_norm,
     layer_norm_scale_shift,
     rms_norm,
@@ -25,6 +27,8 @@ __all__ = [
     "explain",
     "geglu",
     "gelu",
+    "group_norm_silu",
+    "group_norm_silu_refusal",
     "host_list",
     "layer_norm",
     "layer_norm_scale_shift",

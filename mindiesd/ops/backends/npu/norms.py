@@ -4,6 +4,10 @@
 float32, or half with float32 (not on the 310P, which also has no bfloat16 and needs 32 bytes in the
 last dimension). It computes in float32 and rounds once. ATen's RMS norm has no kernel there and
 decomposes.
+
+``npu_group_norm_silu`` limits: more than one dimension; x, gamma and beta of float16, float32 or,
+but for the 310P, bfloat16, gamma and beta alike and no narrower than x; an epsilon above 0. It
+computes in float32 and rounds once, where a group norm and a SiLU round twice.
 """
 
 from __future__ import annotations
@@ -218,3 +222,49 @@ def layer_norm_scale_shift(
         return native.layer_norm(x, (hidden,), gain.view(hidden), shift.reshape(hidden), eps)
     normed = native.layer_norm(x, (hidden,), weight, None, eps)
     return torch.addcmul(shift, normed, scale + 1)
+
+
+def group_norm_silu_refusal(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, eps: float
+) -> str | None:
+    """Why ``npu_group_norm_silu`` is not for these arguments; None if it is.
+
+    Args:
+        x: [B, C, ...].
+        weight: [C]; the kernel's documentation requires it.
+        bias: [C], as the weight.
+        groups: of channels.
+        eps: added to the variance.
+    """
+    series = soc.series()
+    if series not in (soc.A2, soc.A3, soc.I310P):
+        return "no table of group norms for this series of Ascend"
+    dtype = x.dtype
+    if dtype not in (*_HALF, torch.float32) or (series == soc.I310P and dtype is torch.bfloat16):
+        return "dtype that the group norm kernel does not take"
+    if weight is None or bias is None:
+        return "group norm without parameters"
+    if weight.dtype is not dtype or bias.dtype is not dtype:
+        return "group norm with parameters of another dtype"
+    # One number in each group is an error of torch's.
+    if not 2 <= x.dim() <= 8 or x.numel() <= groups * x.shape[0] or eps <= 0:
+        return "not 2 to 8 dimensions, one number in a group, or no epsilon"
+    if x.shape[1] % groups or weight.shape != (x.shape[1],) or bias.shape != weight.shape:
+        return "channels that do not match the parameters or the groups"
+    return None
+
+
+def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """``silu(group_norm(x))`` in one kernel, rounded once; see :func:`group_norm_silu_refusal`.
+
+    Args:
+        x: [B, C, ...].
+        weight: [C], of x's dtype.
+        bias: [C], of x's dtype.
+        groups: of channels.
+        eps: added to the variance.
+    """
+    # As torch_npu's own group norm does, and for a launch of its own: what is in another order is
+    # made dense before.
+    out: Tensor = torch.ops.npu.npu_group_norm_silu(x, weight, bias, groups, eps)[0]
+    return out
