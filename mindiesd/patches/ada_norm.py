@@ -102,6 +102,7 @@ transformer_longcat_audio_dit AudioDiTAdaLayerNormZeroFinal j1 m1
 transformer_minimax_h3 MiniMaxH3AdaLayerNormOut m1
 transformer_mochi MochiRMSNormZero s1
 transformer_qwenimage21 QwenImage21AdaLayerNormContinuous s1
+transformer_sana_wm T2IFinalLayer m1
 transformer_sana_video SanaModulatedNorm n1
 transformer_z_image FinalLayer p1
 """
@@ -126,12 +127,35 @@ LEFT = tuple(
         ("diffusers.models.transformers.transformer_ltx2.LTX2AdaLayerNormSingle", _NO_NORM),
         ("diffusers.models.transformers.transformer_hunyuan_video.HunyuanVideoAdaNorm", _NO_NORM),
         (
+            "diffusers.models.transformers.transformer_hunyuan_video15.HunyuanVideo15AdaNorm",
+            _NO_NORM,
+        ),
+        ("diffusers.models.transformers.transformer_hunyuanimage.HunyuanImageAdaNorm", _NO_NORM),
+        (
+            "diffusers.models.transformers.transformer_minimax_h3.MiniMaxH3AdaLayerNormModulation",
+            _NO_NORM,
+        ),
+        (
+            "diffusers.models.transformers.transformer_sana_wm_refiner.SanaWMLTX2AdaLayerNormSingle",
+            _NO_NORM,
+        ),
+        (
             "diffusers.models.transformers.hunyuan_transformer_2d.AdaLayerNormShift",
             "norm and sum are two kernels, and so are adding the shift to the bias and the norm",
         ),
         (
             "diffusers.models.transformers.transformer_mochi.MochiModulatedRMSNorm",
             "its scale comes as an argument, of its own for each sample; the norm is redirected",
+        ),
+        (
+            "diffusers.models.transformers.transformer_mochi.MochiLayerNormContinuous",
+            "makes the scale that MochiModulatedRMSNorm multiplies with; its norm is redirected",
+        ),
+        (
+            "diffusers.models.transformers.transformer_qwenimage21."
+            "QwenImage21TransformerBlock._modulate",
+            "multiplies what it is given by 1 + scale and shifts nothing: a sum and a product; the "
+            "norm before it is redirected",
         ),
         (
             "diffusers.models.normalization.AdaGroupNorm",
