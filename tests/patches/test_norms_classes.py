@@ -347,7 +347,7 @@ def test_left_alone_says_why() -> None:
     assert len(set(targets)) == len(targets)
     assert not set(targets) & {record.target for record in registry.records()}
     assert all(one.reason for one in everything)
-    exact = ("sdpa", "rms_norm", "layer_norm", "activation", "ada_norm", "rope")
+    exact = ("sdpa", "rms_norm", "layer_norm", "channel_norm", "activation", "ada_norm", "rope")
     for one in (one for family in exact for one in found[family]):
         if one.target.endswith(".apply_multimodal_rotary_pos_emb"):
             continue  # before transformers 5
