@@ -133,6 +133,7 @@ def test_the_model_can_be_made(name: str, monkeypatch) -> None:
     home = importlib.import_module(record.module)
     block = getattr(home, record.attribute.partition(".")[0])
     arguments = {"dim": 8, "num_attention_heads": 2, "attention_head_dim": 4}
+    monkeypatch.setattr(home, "is_torch_npu_available", lambda: False)
     ordinary = block(**arguments)
     monkeypatch.setattr(home, "is_torch_npu_available", lambda: True)
     with pytest.raises(ValueError, match="npu_processor"):
