@@ -1,7 +1,7 @@
 """Runs every tiny model on the emulated NPU, unpatched and patched, and writes docs/coverage.md.
 
     .venv-npu/bin/python scripts/_coverage.py [--only NAME …] [--write docs/coverage.md]
-    .venv-npu/bin/python scripts/_coverage.py --check [--only NAME …]
+    .venv-npu/bin/python scripts/_coverage.py --check [PAGE] [--only NAME …]
 
 Each figure is a count of the dispatcher's launches during one forward, so it is exact and the same
 everywhere; the error is the largest difference from the same float32 model on the CPU.
@@ -24,9 +24,6 @@ from _runs import Row, rows
 from packaging.version import Version
 
 MATRIX = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
-COMMAND = (
-    ".venv-npu/bin/python scripts/_coverage.py --write docs/coverage.md --matrix docs/matrix.md"
-)
 
 
 def unknown() -> list[str]:
@@ -134,33 +131,44 @@ def page(found: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def command(page: Path) -> str:
+    """What makes a page of the matrix."""
+    if page.name == MATRIX.name:
+        return (
+            ".venv-npu/bin/python scripts/_coverage.py --write docs/coverage.md "
+            "--matrix docs/matrix.md"
+        )
+    return f"scripts/_coverage.py --matrix docs/{page.name}"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of models")
     parser.add_argument("--write", type=Path, help="also write the page to this file")
     parser.add_argument("--matrix", type=Path, help="write the matrix of operations to this file")
     parser.add_argument(
-        "--check", action="store_true", help="fail where docs/matrix.md says something else"
+        "--check",
+        type=Path,
+        nargs="?",
+        const=MATRIX,
+        help="fail where this page, docs/matrix.md if none is named, says something else",
     )
     options = parser.parse_args()
     found = rows(options.only)
     if options.check:
-        told = MATRIX.read_text(encoding="utf-8")
+        told = options.check.read_text(encoding="utf-8")
         stale = _matrix.drift(told, found, versions())
         if not stale and not options.only:
-            now = _matrix.page(found, misfits(), versions(), COMMAND)
+            now = _matrix.page(found, misfits(), versions(), command(options.check))
             stale = [*difflib.unified_diff(*map(_matrix.comparable, (told, now)), lineterm="", n=0)]
-        print("\n".join(stale) or "docs/matrix.md is up to date")
+        print("\n".join(stale) or f"{options.check} is up to date")
         return 1 if stale else 0
     text = page(found)
     print(text)
     if options.write:
         options.write.write_text(text, encoding="utf-8")
     if options.matrix:
-        command = COMMAND
-        if options.matrix.name != MATRIX.name:
-            command = f"scripts/_coverage.py --matrix docs/{options.matrix.name}"
-        told = _matrix.page(found, misfits(), versions(), command)
+        told = _matrix.page(found, misfits(), versions(), command(options.matrix))
         options.matrix.write_text(told, encoding="utf-8")
     return 0
 

@@ -250,7 +250,7 @@ def drift(text: str, rows: Sequence[Row], versions: Mapping[str, str]) -> list[s
 def lines(text: str) -> dict[str, str]:
     """The lines of a page's tables of models, by the name of the model."""
     found = {}
-    for line in text.splitlines():
+    for line in text.partition("\n## Records")[0].splitlines():
         name = line.removeprefix("| ").partition(" | ")[0]
         if line.startswith("| ") and name not in ("model", "function", "why") and "`" not in name:
             found[name] = line

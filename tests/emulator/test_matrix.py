@@ -42,10 +42,15 @@ def pinned():
 
 @pytest.fixture
 def page(scripts):
+    """The page of the installed versions."""
     here = ", ".join(f"{name} {version}" for name, version in scripts.versions().items())
-    if here != pinned():
-        pytest.skip(f"docs/matrix.md is of {pinned()}, installed is {here}")
-    return scripts.MATRIX.read_text(encoding="utf-8")
+    for path in sorted(scripts.MATRIX.parent.glob("matrix*.md")):
+        text = path.read_text(encoding="utf-8")
+        if f" with {here}.\n" in text:
+            return text
+    if here == pinned():
+        pytest.fail(f"no page of docs/ is of {here}")
+    pytest.skip(f"no page of docs/ is of {here}")
 
 
 def test_the_page_is_of_the_tested_versions(scripts):
@@ -53,10 +58,12 @@ def test_the_page_is_of_the_tested_versions(scripts):
 
 
 def test_every_model_has_its_row(scripts, page):
-    assert [*scripts._matrix.lines(page)] == [*MODELS]
+    assert {*scripts._matrix.lines(page)} == {*MODELS}
 
 
 def test_the_launches_of_the_unpatched_models(scripts, page):
+    if f" with {pinned()}.\n" not in page:
+        pytest.skip("the launches known to the tests are those of the pinned versions")
     lines = scripts._matrix.lines(page)
     told = {name: line.split(" | ")[1].partition(" → ")[0] for name, line in lines.items()}
     assert told == {name: str(count) for name, count in LAUNCHES.items()}
@@ -77,7 +84,8 @@ def test_reasons_are_those_of_the_patches(page):
     assert found > 20
 
 
-def test_nothing_is_unknown(page):
+def test_nothing_is_unknown(scripts):
+    page = scripts.MATRIX.read_text(encoding="utf-8")
     assert "cells that are unknown: 0\n" in page
     assert "**unknown**" not in page.partition("| model |")[2]
 
