@@ -1,6 +1,7 @@
 """Runs every tiny model on the emulated NPU, unpatched and patched, and writes docs/coverage.md.
 
     .venv-npu/bin/python scripts/_coverage.py [--only NAME …] [--write docs/coverage.md]
+    .venv-npu/bin/python scripts/_coverage.py --check [PAGE] [--only NAME …]
 
 Each figure is a count of the dispatcher's launches during one forward, so it is exact and the same
 everywhere; the error is the largest difference from the same float32 model on the CPU.
@@ -10,110 +11,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import difflib
 import importlib
 import pkgutil
 import sys
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import _matrix
-import _seen
+from _fit import misfits
+from _runs import Row, rows
+from packaging.version import Version
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
-
-@dataclass
-class Run:
-    """One forward on the device: its counts, or what went wrong."""
-
-    launches: int = 0
-    softmax: int = 0
-    other_softmax: int = 0
-    views: int = 0
-    needed: int = 0
-    slices: int = 0
-    casts: int = 0
-    read: int = 0
-    error: float = 0.0
-    failed: str = ""
-
-
-def measure(model: Any, tiny: Any, expected: Any) -> Run:
-    """Forward ``model`` once under a trace and compare with ``expected``, the CPU's result."""
-    import torch
-    from _counts import counting
-
-    from tests.emulator.tiny_models import first_tensor, move
-
-    inputs = move(tiny.make_inputs(), lambda tensor: tensor.to("npu"))
-    try:
-        with torch.no_grad(), counting() as counted:
-            got = first_tensor(model(**inputs))
-    except (RuntimeError, ValueError, TypeError) as error:
-        return Run(failed=f"{type(error).__name__}: {str(error).splitlines()[0][:80]}")
-    difference = (got.cpu().double() - expected.double()).abs().max().item()
-    return Run(
-        launches=counted.total,
-        softmax=counted.softmaxes["attention"],
-        other_softmax=counted.softmaxes["other"],
-        views=counted.copies["view"],
-        needed=counted.copies["needed"],
-        slices=counted.copies["slice"] + counted.copies["repeat"],
-        casts=counted.casts.total(),
-        read=counted.bytes_read + counted.bytes_written,
-        error=difference,
-    )
-
-
-@dataclass
-class Row:
-    """One model, before and after, and what the patches did."""
-
-    name: str
-    before: Run
-    after: Run
-    redirected: int
-    fell_back: dict[str, int]
-    cells: dict[str, _matrix.Cell]
-
-
-def rows(only: list[str]) -> list[Row]:
-    """Every model of the tests, or those named."""
-    import torch
-
-    import mindiesd
-    from mindiesd.emulator import start
-
-    start()
-    from tests.emulator.tiny_models import MODELS, first_tensor, without_torch_npu
-
-    found = []
-    for name, tiny in MODELS.items():
-        if only and name not in only:
-            continue
-        model = tiny.build()
-        with torch.no_grad(), without_torch_npu(), _seen.watching() as seen:
-            expected = first_tensor(model(**tiny.make_inputs()))
-        model = model.to("npu")
-        before = measure(model, tiny, expected)
-        migration = mindiesd.patch_all()
-        measure(model, tiny, expected)  # what is kept with parameters and positions is made once
-        migration.forget_counts()
-        after = measure(model, tiny, expected)
-        report = migration.report()
-        cells = _matrix.cells(seen, *_matrix.outcomes(migration))
-        mindiesd.unpatch_all()
-        fell_back: dict[str, int] = {}
-        for patch in report.patches:
-            for reason, count in patch.fell_back.items():
-                key = f"{patch.name}: {reason}"
-                fell_back[key] = fell_back.get(key, 0) + count
-        found.append(Row(name, before, after, report.redirected, fell_back, cells))
-        print(f"{name}: {before.launches} -> {after.launches}", file=sys.stderr, flush=True)
-    return found
+MATRIX = Path(__file__).resolve().parent.parent / "docs" / "matrix.md"
 
 
 def unknown() -> list[str]:
@@ -138,18 +48,18 @@ def unknown() -> list[str]:
     return sorted(found - {tiny.cls for tiny in MODELS.values()})
 
 
-def versions() -> str:
-    """The packages that the figures depend on."""
-    return ", ".join(
-        f"{name} {metadata.version(name)}"
-        for name in ("torch", "torch_npu", "diffusers", "transformers")
-    )
+def versions() -> dict[str, str]:
+    """The packages that the figures depend on; whether torch was built for CUDA is no matter."""
+    names = ("torch", "torch_npu", "diffusers", "transformers")
+    return {name: Version(metadata.version(name)).public for name in names}
 
 
 def page(found: list[Row]) -> str:
     """The table, with the sums above it."""
     from tests.emulator.tiny_models import UNCONFIGURED
 
+    absent = [row for row in found if row.absent]
+    found = [row for row in found if not row.absent]
     both = [row for row in found if not row.before.failed and not row.after.failed]
     ran = sum(not row.after.failed for row in found)
     ran_before = sum(not row.before.failed for row in found)
@@ -183,7 +93,7 @@ def page(found: list[Row]) -> str:
         "larger tensor (one projection's q, k and v), whose row strides no layout can say.",
         "",
         f"Made by `.venv-npu/bin/python scripts/_coverage.py --write docs/coverage.md` with "
-        f"{versions()}.",
+        f"{', '.join(f'{name} {version}' for name, version in versions().items())}.",
         "",
         f"- models that run: {ran_before} → {ran} of {len(found)}",
         f"- launches: {before} → {after}, {after / before:.1%} of unpatched",
@@ -217,36 +127,51 @@ def page(found: list[Row]) -> str:
         )
     lines += ["", "Not measured:", "", "| class | why |", "|---|---|"]
     lines += [f"| {name} | {UNCONFIGURED.get(name, '**unknown**')} |" for name in missing]
+    lines += [f"| {row.name} | {row.absent} |" for row in absent]
     return "\n".join(lines) + "\n"
 
 
-def main() -> None:
+def command(page: Path) -> str:
+    """What makes a page of the matrix."""
+    if page.name == MATRIX.name:
+        return (
+            ".venv-npu/bin/python scripts/_coverage.py --write docs/coverage.md "
+            "--matrix docs/matrix.md"
+        )
+    return f"scripts/_coverage.py --matrix docs/{page.name}"
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of models")
     parser.add_argument("--write", type=Path, help="also write the page to this file")
     parser.add_argument("--matrix", type=Path, help="write the matrix of operations to this file")
+    parser.add_argument(
+        "--check",
+        type=Path,
+        nargs="?",
+        const=MATRIX,
+        help="fail where this page, docs/matrix.md if none is named, says something else",
+    )
     options = parser.parse_args()
     found = rows(options.only)
+    if options.check:
+        told = options.check.read_text(encoding="utf-8")
+        stale = _matrix.drift(told, found, versions())
+        if not stale and not options.only:
+            now = _matrix.page(found, misfits(), versions(), command(options.check))
+            stale = [*difflib.unified_diff(*map(_matrix.comparable, (told, now)), lineterm="", n=0)]
+        print("\n".join(stale) or f"{options.check} is up to date")
+        return 1 if stale else 0
     text = page(found)
     print(text)
     if options.write:
         options.write.write_text(text, encoding="utf-8")
     if options.matrix:
-        command = (
-            ".venv-npu/bin/python scripts/_coverage.py --write docs/coverage.md "
-            "--matrix docs/matrix.md"
-        )
-        models = [
-            (
-                row.name,
-                f"{row.before.launches} → {row.after.launches}",
-                row.cells,
-                f"{row.after.error:.0e}",
-            )
-            for row in found
-        ]
-        options.matrix.write_text(_matrix.page(models, versions(), command), encoding="utf-8")
+        told = _matrix.page(found, misfits(), versions(), command(options.matrix))
+        options.matrix.write_text(told, encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

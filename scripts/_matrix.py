@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from _seen import KINDS
+
+if TYPE_CHECKING:
+    from _runs import Row
 
 # Modules that only call the function that is redirected, or that is a kernel of its own.
 _THROUGH = {
@@ -52,13 +55,13 @@ class Cell:
         return "left" if self.left else "–"
 
 
-def outcomes(migration: Any) -> tuple[dict[str, int], dict[str, str]]:
-    """By the dotted name of each original: calls redirected, or why they fell back."""
+def outcomes(report: Any) -> tuple[dict[str, int], dict[str, str]]:
+    """By the dotted name of each original: calls redirected, or why they were not."""
     from mindiesd.patches.engine import ENGINE
 
     taken: dict[str, int] = {}
     refused: dict[str, str] = {}
-    for patch in migration.report().patches:
+    for patch in report.patches:
         places = {patch.target}
         for swap in ENGINE.state(patch.name).replaced:
             original = swap.old
@@ -67,16 +70,22 @@ def outcomes(migration: Any) -> tuple[dict[str, int], dict[str, str]]:
             taken[place] = taken.get(place, 0) + patch.redirected
             if patch.fell_back:
                 refused[place] = "; ".join(patch.fell_back)
+            elif patch.status == "skipped":
+                refused[place] = patch.reason
     return taken, refused
 
 
 def cells(
-    seen: Mapping[str, Iterable[str]], taken: Mapping[str, int], refused: Mapping[str, str]
+    seen: Mapping[str, Iterable[str]],
+    still: Mapping[str, Iterable[str]],
+    taken: Mapping[str, int],
+    refused: Mapping[str, str],
 ) -> dict[str, Cell]:
     """What became of each function that a model calls.
 
     Args:
-        seen: kind -> dotted names, see :mod:`_seen`.
+        seen: kind -> dotted names of what it calls unpatched, see :mod:`_seen`.
+        still: the same, patched.
         taken: dotted name -> calls redirected.
         refused: dotted name -> why calls fell back.
     """
@@ -90,21 +99,34 @@ def cells(
             around = target.partition(".<locals>.")[0]
             owner = target.removesuffix(".forward")
             cell = row[kind]
+            if name.endswith("rotate_half") and _has_another(names, name):
+                continue  # a part of the function beside it
             if taken.get(target) or taken.get(around):
                 cell.redirected.append(target)
             elif target in refused or around in refused:
                 cell.left[target] = refused.get(target) or refused[around]
+            elif name not in still[kind]:
+                # What called it is redirected as a whole.
+                cell.redirected.append(target)
+            elif target in taken:
+                # Called as ever, and what is redirected in it was never reached: a branch that
+                # this model does not take.
+                continue
             elif {owner, target, _public(owner)} & alone.keys():
                 cell.left[target] = next(
                     alone[one] for one in (owner, target, _public(owner)) if one in alone
                 )
-            elif target in taken or (target.endswith("rotate_half") and cell.redirected):
-                cell.left[target] = "called by an operation that is redirected as a whole"
             elif target in _NATIVE:
                 cell.left[target] = _NATIVE[target]
             else:
                 cell.unknown.append(target)
     return row
+
+
+def _has_another(names: Iterable[str], name: str) -> bool:
+    """Whether there is another function of the same module."""
+    module = name.rpartition(".")[0]
+    return any(other != name and other.startswith(module + ".") for other in names)
 
 
 def _public(name: str) -> str:
@@ -115,18 +137,25 @@ def _public(name: str) -> str:
 
 
 def page(
-    found: Iterable[tuple[str, str, dict[str, Cell], str]], versions: str, command: str
+    rows: Sequence[Row], misfits: Mapping[str, str], versions: Mapping[str, str], command: str
 ) -> str:
     """The page.
 
     Args:
-        found: of each model its name, its launches, its cells and its error.
-        versions: of the packages it ran with.
+        rows: of the models.
+        misfits: name of a record that is not in force with these versions -> why.
+        versions: distribution -> version that it ran with.
         command: what made it.
     """
-    models = list(found)
-    unknown = sum(bool(cell.unknown) for _, _, row, _ in models for cell in row.values())
-    lines = [
+    here = [row for row in rows if not row.absent]
+    unknown = sum(bool(cell.unknown) for row in here for cell in row.cells.values())
+    both = [row for row in here if not row.before.failed and not row.after.failed]
+    before = sum(row.before.launches for row in both)
+    after = sum(row.after.launches for row in both)
+    more = [row.name for row in both if row.after.launches > row.before.launches]
+    mended = [row.name for row in here if row.before.failed and not row.after.failed]
+    broken = [row.name for row in here if row.after.failed]
+    text = [
         "# What becomes of each model's operations",
         "",
         "One forward of each tiny model on the emulated NPU. The functions that a forward calls",
@@ -134,30 +163,117 @@ def page(
         "**unknown**, also in a newer diffusers. `left`: not redirected, for the reason given",
         "below; most are one kernel already.",
         "",
-        f"Made by `{command}` with {versions}.",
+        f"Made by `{command}` with {_written(versions)}.",
         "",
-        f"- models: {len(models)}; cells that are unknown: {unknown}",
+        f"- models: {len(here)}; cells that are unknown: {unknown}",
+        f"- launches: {before} → {after}; models with more than unpatched: {_names(more)}",
+        f"- models that run only with the patches: {_names(mended)}; that do not run with them: "
+        f"{_names(broken)}",
+        f"- records that are not in force with these versions: {len(misfits)}",
         "",
         "| model | launches | error | " + " | ".join(KINDS) + " |",
         "|---|---|---|" + "---|" * len(KINDS),
     ]
-    reasons: dict[tuple[str, str], list[str]] = {}
+    text += [_line(row) for row in here]
+    text += ["", "## Left, and why", "", "| function | why | models |", "|---|---|---|"]
+    for (target, reason), names in sorted(_reasons(here).items()):
+        text.append(f"| `{target}` | {reason} | {_some(names)} |")
     unseen: dict[str, list[str]] = {}
-    for name, launches, row, error in models:
-        texts = [str(row[kind]) for kind in KINDS]
-        lines.append(f"| {name} | {launches} | {error} | " + " | ".join(texts) + " |")
-        for cell in row.values():
-            for target, reason in cell.left.items():
-                reasons.setdefault((target, reason), []).append(name)
+    for row in here:
+        for cell in row.cells.values():
             for target in cell.unknown:
-                unseen.setdefault(target, []).append(name)
-    lines += ["", "## Left, and why", "", "| function | why | models |", "|---|---|---|"]
-    for (target, reason), names in sorted(reasons.items()):
-        lines.append(f"| `{target}` | {reason} | {_some(names)} |")
+                unseen.setdefault(target, []).append(row.name)
     if unseen:
-        lines += ["", "## Unknown", "", "| function | models |", "|---|---|"]
-        lines += [f"| `{target}` | {_some(names)} |" for target, names in sorted(unseen.items())]
-    return "\n".join(lines) + "\n"
+        text += ["", "## Unknown", "", "| function | models |", "|---|---|"]
+        text += [f"| `{target}` | {_some(names)} |" for target, names in sorted(unseen.items())]
+    absent = [row for row in rows if row.absent]
+    if absent:
+        text += [
+            *("", "## Models that these versions do not have", ""),
+            "Tiny models of the newest versions that cannot be made, or do not run on the CPU.",
+            *("", "| model | why |", "|---|---|"),
+        ]
+        text += map(_absent, absent)
+    if misfits:
+        text += ["", "## Records that are not in force", "", "| why | records |", "|---|---|"]
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in misfits.items():
+            by_reason.setdefault(reason, []).append(f"`{name}`")
+        text += [f"| {why} | {', '.join(names)} |" for why, names in sorted(by_reason.items())]
+    return "\n".join(text) + "\n"
+
+
+def _line(row: Row) -> str:
+    texts = [str(row.cells[kind]) if row.cells else "" for kind in KINDS]
+    return f"| {row.name} | {row.launches} | {row.after.error:.0e} | {' | '.join(texts)} |"
+
+
+def _absent(row: Row) -> str:
+    return f"| {row.name} | {row.absent} |"
+
+
+def _reasons(rows: Iterable[Row]) -> dict[tuple[str, str], list[str]]:
+    found: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        for cell in row.cells.values():
+            for target, reason in cell.left.items():
+                found.setdefault((target, reason), []).append(row.name)
+    return found
+
+
+def drift(text: str, rows: Sequence[Row], versions: Mapping[str, str]) -> list[str]:
+    """Where a page no longer says what the models of ``rows`` did; empty where it does.
+
+    The error is not compared: it is of the last bits, and so of the machine.
+
+    Args:
+        text: of the page.
+        rows: some of the models, or all.
+        versions: that they ran with.
+    """
+    if _written(versions) not in text:
+        return [f"made with other versions than {_written(versions)}"]
+    told = lines(text)
+    found = []
+    for row in rows:
+        line = _absent(row) if row.absent else _line(row)
+        if row.name not in told:
+            found.append(f"{row.name}: not on the page")
+        elif _without_error(told[row.name]) != _without_error(line):
+            found.append(f"{row.name}: now {line}, on the page {told[row.name]}")
+    for target, reason in _reasons(rows):
+        if f"| `{target}` | {reason} |" not in text:
+            found.append(f"{target}: left because {reason}, which is not on the page")
+    return found
+
+
+def lines(text: str) -> dict[str, str]:
+    """The lines of a page's tables of models, by the name of the model."""
+    found = {}
+    for line in text.partition("\n## Records")[0].splitlines():
+        name = line.removeprefix("| ").partition(" | ")[0]
+        if line.startswith("| ") and name not in ("model", "function", "why") and "`" not in name:
+            found[name] = line
+    return found
+
+
+def comparable(text: str) -> list[str]:
+    """The lines of a page without what differs from machine to machine."""
+    models = lines(text).values()
+    return [_without_error(line) if line in models else line for line in text.splitlines()]
+
+
+def _without_error(line: str) -> str:
+    cells = line.split(" | ")
+    return " | ".join(cells[:2] + cells[3:])
+
+
+def _written(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names) or "none"
 
 
 def _some(names: list[str]) -> str:

@@ -17,9 +17,12 @@ from typing import Any
 KINDS = ("attention", "rope", "norm", "adaptive norm", "activation")
 """The five kinds of operation that a model's row has a cell for."""
 
+_LIBRARIES = ("diffusers", "transformers")
 _ROPE = re.compile(
     r"(apply|rotate|inplace)\w*_?(rot|rope)|rope_apply|rotate_half|_rotate_axis", re.I
 )
+# Make or arrange angles, and rotate nothing.
+_TABLES = re.compile(r"^get_|_mrope$")
 _ADAPTIVE = re.compile(r"Ada|NormZero|NormContinuous|Modulated|NormSingle", re.I)
 _NORM = re.compile(r"(\w*(?:Norm|LayerNorm|RMS_norm)\w*)\.forward$")
 _ACTIVATION = re.compile(r"(\w*(?:GELU|GLU|SiLU|Swish|Activation)\w*)\.forward$", re.I)
@@ -28,6 +31,8 @@ _ATTENTION = ("get_attention_scores", "flex_attention", "eager_attention_forward
 _INLINED = re.compile(
     r"\* ?\((1|1\.0) \+ |\(scale\.float\(\) \+ 1\.0\)|\+ 1(\.0)?\) ?\* ?self\.norm"
 )
+# softmax(q @ k) @ v written out in a function.
+_PRODUCT = re.compile(r"matmul\(|bmm\(|einsum\(| @ ")
 _BUILTINS = {
     "scaled_dot_product_attention": "attention",
     "gelu": "activation",
@@ -38,7 +43,9 @@ _BUILTINS = {
 def kind_of(module: str, qualname: str) -> str | None:
     """The kind of operation that a Python function is, by its name; ``None``: none of them."""
     name = qualname.rpartition(".")[2]
-    if _ROPE.search(name) and not name.startswith("get_"):
+    if name.startswith("<") or qualname.startswith("_WeightNorm."):
+        return None  # part of the function around it; of a weight, not of what is computed
+    if _ROPE.search(name) and not _TABLES.search(name):
         return "rope"
     if name in _ATTENTION:
         return "attention"
@@ -50,11 +57,17 @@ def kind_of(module: str, qualname: str) -> str | None:
 
 
 @cache
-def _modulates(code: CodeType) -> bool:
+def _written_out(module: str, code: CodeType) -> str | None:
+    """The kind of operation that a function of no telling name has in its source."""
     try:
-        return _INLINED.search(inspect.getsource(code)) is not None
+        text = inspect.getsource(code)
     except OSError:  # made by exec: no file to read
-        return False
+        return None
+    if "softmax(" in text and len(_PRODUCT.findall(text)) > 1:
+        return "attention"
+    if module.startswith("diffusers.models") and _INLINED.search(text):
+        return "adaptive norm"
+    return None
 
 
 @contextmanager
@@ -70,14 +83,14 @@ def watching() -> Iterator[dict[str, set[str]]]:
                 return
             known[code] = None
             module = frame.f_globals.get("__name__", "")
-            if not module.startswith(("diffusers", "transformers", "torch.nn")):
+            if not module.startswith((*_LIBRARIES, "torch.nn")):
                 return
             name = f"{module}.{code.co_qualname}"
             kind = kind_of(module, code.co_qualname)
+            if kind is None and module.startswith(_LIBRARIES) and code.co_name[0] != "<":
+                kind = _written_out(module, code)
             if kind is not None:
                 seen[kind].add(name)
-            elif module.startswith("diffusers.models") and _modulates(code):
-                seen["adaptive norm"].add(name)
         elif event == "c_call":
             kind = _BUILTINS.get(getattr(argument, "__name__", ""))
             if kind is not None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mindiesd
 from mindiesd.cli.listing import print_rows
-from mindiesd.patches.engine import to_be_provided, unavailable
+from mindiesd.patches.engine import nothing_to_mend, to_be_provided, unavailable
 from mindiesd.patches.registry import records
 from mindiesd.patches.report import versions
 
@@ -41,6 +41,8 @@ def show_status() -> None:
         outcome = f"would be skipped: {reason}" if reason else "would be applied"
         if not reason and to_be_provided(record):
             outcome = "would be provided to the script: the package is not installed"
+        if nothing_to_mend(record):
+            outcome = f"nothing to do: {reason}"
         if record.by_name_only:
             outcome += ", if named in only="
         rows.append((record.name, outcome, record.target))

@@ -139,6 +139,11 @@ RECORDS = (
     _packed("glm4_Glm4MLP", "transformers.models.glm4.modeling_glm4:Glm4MLP"),
     _packed("phi3_Phi3MLP", "transformers.models.phi3.modeling_phi3:Phi3MLP"),
     _elementwise("transformers_NewGELU", "transformers.activations:NewGELUActivation", "tanh"),
+    _elementwise(
+        "t5_film_NewGELU",
+        "diffusers.models.transformers.t5_film_transformer:NewGELUActivation",
+        "tanh",
+    ),
     _elementwise("transformers_FastGELU", "transformers.activations:FastGELUActivation", "tanh"),
     _elementwise(
         "transformers_AccurateGELU", "transformers.activations:AccurateGELUActivation", "tanh"
@@ -160,6 +165,7 @@ RECORDS = (
 )
 
 _TWO = "the halves come out of two projections: joining them costs what the kernel saves"
+_BETWEEN = "its gate is between two convolutions, and the second half of dimension 1"
 _SECOND = "the gate is the second half, npu_swiglu's the first: swapping costs what it saves"
 LEFT = tuple(
     Left(target, reason)
@@ -185,7 +191,28 @@ LEFT = tuple(
             "diffusers.models.transformers.transformer_qwenimage21.QwenImage21SwiGLUFeedForward",
             _TWO,
         ),
+        ("diffusers.models.autoencoders.ltx2_diffusion_decoder.LTX2VideoVaeSwiGLU", _TWO),
+        (
+            "diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio.MiniMaxH3AudioGeGluMlp",
+            _TWO,
+        ),
         ("transformers.models.llama.modeling_llama.LlamaMLP", _TWO),
+        ("diffusers.models.transformers.sana_transformer.GLUMBConv", _BETWEEN),
+        ("diffusers.models.transformers.transformer_sana_video.GLUMBTempConv", _BETWEEN),
+        ("diffusers.models.transformers.transformer_sana_wm.GLUMBConvTemp", _BETWEEN),
+        (
+            "diffusers.models.transformers.transformer_hidream_image.MOEFeedForwardSwiGLU",
+            "hands each token on to its experts, and activates nothing itself",
+        ),
+        (
+            "diffusers.models.autoencoders.mmaudio_vocoder.MMAudioActivation1d",
+            "filters before and after an activation, and activates nothing itself",
+        ),
+        (
+            "diffusers.models.autoencoders.autoencoder_kl_minimax_h3_audio."
+            "MiniMaxH3AudioActivation1d",
+            "filters before and after an activation, and activates nothing itself",
+        ),
         (
             "diffusers.models.transformers.transformer_nucleusmoe_image.SwiGLUExperts",
             "its gate is inside a loop over experts, between two matrix products",

@@ -104,6 +104,7 @@ transformer_longcat_audio_dit AudioDiTAdaLayerNormZeroFinal j1 m1 z1
 transformer_minimax_h3 MiniMaxH3AdaLayerNormOut m1
 transformer_mochi MochiRMSNormZero s1 z1
 transformer_qwenimage21 QwenImage21AdaLayerNormContinuous s1 y1
+transformer_sana_wm T2IFinalLayer m1
 transformer_sana_video SanaModulatedNorm n1
 transformer_z_image FinalLayer p1
 """
@@ -130,8 +131,30 @@ LEFT = tuple(
         ("diffusers.models.normalization.AdaLayerNormSingle", _NO_NORM),
         ("diffusers.models.transformers.transformer_ltx2.LTX2AdaLayerNormSingle", _NO_NORM),
         (
+            "diffusers.models.transformers.transformer_minimax_h3.MiniMaxH3AdaLayerNormModulation",
+            _NO_NORM,
+        ),
+        (
+            "diffusers.models.transformers.transformer_sana_wm_refiner.SanaWMLTX2AdaLayerNormSingle",
+            _NO_NORM,
+        ),
+        (
+            "diffusers.models.transformers.hunyuan_transformer_2d.AdaLayerNormShift",
+            "norm and sum are two kernels, and so are adding the shift to the bias and the norm",
+        ),
+        (
             "diffusers.models.transformers.transformer_mochi.MochiModulatedRMSNorm",
             "its scale comes as an argument, of its own for each sample; the norm is redirected",
+        ),
+        (
+            "diffusers.models.transformers.transformer_qwenimage21."
+            "QwenImage21TransformerBlock._modulate",
+            "multiplies what it is given by 1 + scale and shifts nothing: a sum and a product; the "
+            "norm before it is redirected",
+        ),
+        (
+            "diffusers.models.attention_processor.SpatialNorm",
+            "its scale is an image: a group norm and a product, nothing to fold",
         ),
     )
 )

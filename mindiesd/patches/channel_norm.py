@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law, source
-from mindiesd.patches.registry import Patch
+from mindiesd.patches.registry import Left, Patch
 from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
@@ -62,6 +62,19 @@ RECORDS = tuple(
         parameters=("self", *(argument or ["x"])),
     )
     for module, name, *argument in CLASSES
+)
+
+_GROUPS = (
+    "group norms of one frame or chunk at a time: each is one kernel, copies around them aside"
+)
+LEFT = tuple(
+    Left(f"diffusers.models.autoencoders.{target}", _GROUPS)
+    for target in (
+        "autoencoder_kl_cosmos.CosmosCausalGroupNorm",
+        "autoencoder_kl_kvae_video.KVAECachedGroupNorm",
+        "autoencoder_kl_minimax_h3.MiniMaxH3VideoGroupNorm",
+        "autoencoder_kl_mochi.MochiChunkedGroupNorm3D",
+    )
 )
 
 

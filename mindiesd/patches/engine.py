@@ -406,6 +406,8 @@ def _compiled_anything() -> bool:
 
 def unavailable(patch: Patch) -> str:
     """Why the packages this record needs are absent or of an unknown version; empty: they fit."""
+    if nothing_to_mend(patch):
+        return nothing_to_mend(patch)
     for distribution, versions in patch.requires.items():
         if distribution != "torch" and to_be_provided(patch):
             continue
@@ -417,6 +419,18 @@ def unavailable(patch: Patch) -> str:
             return f"{distribution} is not installed"
         if not _contains(versions, version):
             return f"{distribution} {version} is not a tested version ({versions})"
+    return ""
+
+
+def nothing_to_mend(patch: Patch) -> str:
+    """Which installed package does not have the fault that this record puts right; empty: none."""
+    for distribution, versions in patch.mends.items():
+        try:
+            version = _version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+        if not _contains(versions, version):
+            return f"{distribution} {version} does not need it ({versions} does)"
     return ""
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law
-from mindiesd.patches.registry import Patch
+from mindiesd.patches.registry import Left, Patch
 from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
@@ -49,6 +49,12 @@ RECORDS = (
         requires={"diffusers": ">=0.35,<0.44"},
         parameters=("self", "inputs"),
     ),
+)
+
+_AROUND = "moves the channels to the end around a layer norm, which is redirected itself"
+LEFT = (
+    Left("diffusers.models.unets.unet_stable_cascade.SDCascadeLayerNorm", _AROUND),
+    Left("diffusers.models.autoencoders.autoencoder_vidtok.VidTokLayerNorm", _AROUND),
 )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mindiesd.errors import ParametersInvalid, PatchError
 from mindiesd.patches.device import DEVICE
-from mindiesd.patches.engine import ENGINE
+from mindiesd.patches.engine import ENGINE, nothing_to_mend
 from mindiesd.patches.front_doors.finder import FINDER
 from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.registry import select, words
@@ -53,7 +53,12 @@ class Options:
         self.verify = verify
         self.strict = strict
         self.sparse: SparseOptions | None = read(sparse)
-        self.patches = select(self.only, self.skip, () if self.sparse is None else ("sparse",))
+        named = words("only", self.only) or frozenset()
+        self.patches = tuple(
+            patch
+            for patch in select(self.only, self.skip, () if self.sparse is None else ("sparse",))
+            if named & {patch.name, patch.family} or not nothing_to_mend(patch)
+        )
         if self.sparse is not None:
             names = [patch.name for patch in self.patches]
             if "sdpa" not in names or not any(patch.option == "sparse" for patch in self.patches):

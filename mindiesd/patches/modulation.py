@@ -91,6 +91,7 @@ latte_transformer_3d LatteTransformer3DModel.forward n1
 lumina_nextdit2d LuminaNextDiTBlock.forward g3
 pixart_transformer_2d PixArtTransformer2DModel.forward m1
 sana_transformer SanaTransformerBlock.forward n2 g2
+t5_film_transformer T5FiLMLayer.forward m1
 transformer_2d Transformer2DModel._get_output_for_patched_inputs n2
 transformer_2d_dreamlite BasicTransformerBlockDreamLite.forward n2 m1
 transformer_allegro AllegroTransformerBlock.forward n2 g1
@@ -99,6 +100,7 @@ transformer_anyflow AnyFlowTransformerBlock.forward n2 g2
 transformer_anyflow AnyFlowTransformer3DModel.forward n1
 transformer_anyflow_far AnyFlowTransformerBlock.forward n2 g2
 transformer_anyflow_far AnyFlowFARTransformer3DModel._forward_inference n1
+transformer_anyflow_far AnyFlowFARTransformer3DModel._forward_train n1
 transformer_bria BriaTransformerBlock.forward n2 g4
 transformer_bria BriaSingleTransformerBlock.forward g1
 transformer_bria_fibo BriaFiboTransformerBlock.forward n2 g4
@@ -164,6 +166,7 @@ transformer_prx FinalLayer.forward n1
 transformer_qwenimage QwenImageTransformerBlock._modulate m1
 transformer_qwenimage QwenImageTransformerBlock.forward g4
 transformer_qwenimage21 QwenImage21TransformerBlock.forward g2
+transformer_rfd4_proteina RFD4ProteinaAdaptiveNorm.forward g1
 transformer_sana_video SanaVideoTransformerBlock.forward n2 g2
 transformer_sana_wm SanaVideoMSCamCtrlBlock.forward m2
 transformer_sana_wm_refiner SanaWMLTX2RefinerTransformerBlock.forward n2 g2

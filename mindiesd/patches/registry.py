@@ -32,6 +32,7 @@ FAMILIES = (
     "inline_rope",
     "tables",
     "attention_backend",
+    "construction",
     "flash_attn",
     "xformers",
     "sageattention",
@@ -81,6 +82,8 @@ class Patch:
             then they are provided to the user's own code, see :mod:`mindiesd.patches.front_doors`.
         contents: ``"module:function"``; called with a ``Site``, returns the attributes of each
             module of the provided packages.
+        mends: distribution name -> the versions whose fault the record puts right. With others
+            there is nothing to do, and it is left out unless ``only=`` names it or its family.
         by_name_only: whether the record is left out unless ``only=`` names it.
         option: the option of ``patch_all`` that must be given for this patch to be selected; empty
             for none.
@@ -104,6 +107,7 @@ class Patch:
     also: tuple[tuple[str, str], ...] = ()
     provides: tuple[str, ...] = ()
     contents: str = ""
+    mends: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     by_name_only: bool = False
     option: str = ""
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law, verify
-from mindiesd.patches.registry import Patch
+from mindiesd.patches.registry import Left, Patch
 from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
@@ -40,6 +40,24 @@ RECORDS = (
         keep_in=("torch._C",),
         reference="mindiesd.patches.sdpa:reference",
     ),
+)
+
+_BEFORE_5 = (
+    "before transformers 5 the products are written out, with a bias made between them; since then "
+    "it asks scaled_dot_product_attention"
+)
+LEFT = (
+    Left(
+        "torch.nn.attention.flex_attention.flex_attention",
+        "its mask is a function, compiled into a kernel of its own, and may change the scores; a "
+        "dense mask in its place would be as large as the scores",
+    ),
+    Left(
+        "transformers.models.gemma2.modeling_gemma2.eager_attention_forward",
+        "bounds the scores by a tanh before the softmax, which no fused kernel does",
+    ),
+    Left("transformers.models.t5.modeling_t5.T5Attention", _BEFORE_5),
+    Left("transformers.models.umt5.modeling_umt5.UMT5Attention", _BEFORE_5),
 )
 
 

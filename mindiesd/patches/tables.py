@@ -31,8 +31,12 @@ TIMESTEPS = Whole(
 )
 OF_IDS = Whole(
     name="tables of ids",
-    # Over the axes of ids; over those of the configuration.
-    prints=("f7c94e4500a6911d", "0208b0ec98cf9d9e"),
+    # Over the axes of ids; over those of the configuration. The others are of diffusers up to 0.38,
+    # which chose the dtype of the angles in place: alike, and without a word of the NPU.
+    prints=(
+        *("f7c94e4500a6911d", "0208b0ec98cf9d9e"),
+        *("f3adb9f2dfeb99eb", "9a03c377531bb378", "f1c03f31e85dbb6a"),
+    ),
     build=f"{_HERE}:build_of_values",
 )
 OF_SHAPE = Whole(

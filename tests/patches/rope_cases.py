@@ -277,6 +277,7 @@ CASES = {
                 "mistral",
                 "ministral",
                 "ministral3",
+                "smollm3",
                 "gemma",
                 "gemma2",
                 "gemma3",

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers.models import activations
+from diffusers.models.transformers import t5_film_transformer
 from diffusers.models.transformers.transformer_flux2 import Flux2SwiGLU
 from diffusers.models.transformers.transformer_omnigen import OmniGenFeedForward
 from hypothesis import given, settings
@@ -27,6 +28,10 @@ BUILTIN = {"gelu": F.gelu}
 ELEMENTWISE = {
     text.NewGELUActivation: (
         "transformers_NewGELU",
+        lambda x: F.gelu(x, approximate="tanh"),
+    ),
+    t5_film_transformer.NewGELUActivation: (
+        "t5_film_NewGELU",
         lambda x: F.gelu(x, approximate="tanh"),
     ),
     text.FastGELUActivation: ("transformers_FastGELU", lambda x: F.gelu(x, approximate="tanh")),

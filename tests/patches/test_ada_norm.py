@@ -106,6 +106,10 @@ CASES = {
             "scale_shift_table": torch.randn(2, D),
         },
     ),
+    "sana_wm.T2IFinalLayer": (
+        {"hidden_size": D, "patch_size": 1, "out_channels": 4},
+        lambda b, s: {"x": torch.randn(b, s, D), "t": torch.randn(b, 1, 3, D)},
+    ),
     "chroma.ChromaAdaLayerNormZeroPruned": (
         {"embedding_dim": D},
         lambda b, s: {"x": torch.randn(b, s, D), "emb": torch.randn(b, 6, D)},

@@ -82,7 +82,7 @@ SLOW = (
         "ltx",
     ),
     *("lumina2", "lumina_next", "ovis", "pixart", "prx", "qwenimage", "sana", "sd35"),
-    *("skyreels", "stable_audio3", "wan_vace", "latte", "cogview3", "glm", "ernie"),
+    *("skyreels", "stable_audio3", "wan_vace", "latte", "cogview3", "glm", "ernie", "t5_film"),
 )
 # Linear attention divides by sums near zero: one picture in float16 says little.
 SEEDS = {"sana": tuple(range(1, 13))}

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 
 import mindiesd
 from mindiesd.patches import law
-from mindiesd.patches.rope import LEFT, forms
+from mindiesd.patches.rope import LEFT, encoders, forms
 from mindiesd.patches.rope.kept import SOURCES
+from mindiesd.patches.scope import Site
 from tests import oracles
 from tests.emulator.tiny_models import first_tensor
 from tests.patches.rope_cases import CASES, HALF, Case, Sizes, one_a_convention, polar, uniform
@@ -401,7 +402,9 @@ def test_what_is_left_exists_and_says_why() -> None:
         except ModuleNotFoundError:
             outer, _, inner = module.rpartition(".")
             owner = getattr(importlib.import_module(outer), inner)
-        assert callable(getattr(owner, attribute)), target
+        # transformers 5 has this one no more.
+        if attribute != "apply_multimodal_rotary_pos_emb":
+            assert callable(getattr(owner, attribute)), target
         assert why
         assert target not in {record.target for record in RECORDS.values()}
 
@@ -520,3 +523,38 @@ def test_scoped_to_one_model() -> None:
         assert not migration.report().redirected
         run(tiny, one)
         assert migration.report().redirected
+
+
+# As transformers 4 writes it: its body has not changed since.
+
+
+def rotate_half(x):
+    return torch.cat((-x[..., x.shape[-1] // 2 :], x[..., : x.shape[-1] // 2]), dim=-1)
+
+
+def with_position_ids(q, k, cos, sin, position_ids=None, unsqueeze_dim=1):
+    cos = cos.unsqueeze(unsqueeze_dim)
+    sin = sin.unsqueeze(unsqueeze_dim)
+    q_embed = (q * cos) + (rotate_half(q) * sin)
+    k_embed = (k * cos) + (rotate_half(k) * sin)
+    return q_embed, k_embed
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_position_ids_of_transformers_4(dtype) -> None:
+    site = Site("llama_rope")
+    site.everywhere = True
+    site.arm()
+    ours = encoders.TEXT(with_position_ids, site)
+    law.dress(ours, with_position_ids, __name__, "with_position_ids")
+    assert inspect.signature(ours) == inspect.signature(with_position_ids)
+    given = CASES["llama_rope"].make(Sizes(), dtype)
+    case, plain = CASES["llama_rope"], with_position_ids(*given)
+    check(case, ours(*given), plain, given, dtype)
+    counts = site._own.snapshot()
+    assert counts[0] == 1 and not counts[2]
+    positions = torch.arange(given[0].shape[2])[None]
+    for got, theirs in zip(ours(*given, positions), plain, strict=True):
+        assert torch.equal(got, theirs)
+    assert site._own.snapshot()[2] == {law.UNUSUAL_ARGUMENT: 1}

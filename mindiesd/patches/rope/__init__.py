@@ -11,7 +11,7 @@ from mindiesd.patches.rope import encoders, models, shared
 
 RECORDS = (*shared.RECORDS, *models.RECORDS, *encoders.RECORDS)
 
-
+_MROPE = "joins the tables of three axes in every call; transformers 5 does so before, once a step"
 LEFT = (
     Left(
         "diffusers.models.transformers.transformer_wan_animate_2.rope_apply",
@@ -31,5 +31,10 @@ LEFT = (
         "LTX2VideoVaeRotaryPosEmbed3D._rotate_axis",
         "six dimensions, of which all but one are batch or heads to the kernel, which takes fewer "
         "than 1000 of them; the tables are made anew in every call",
+    ),
+    Left("transformers.models.qwen2_vl.modeling_qwen2_vl.apply_multimodal_rotary_pos_emb", _MROPE),
+    Left(
+        "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl.apply_multimodal_rotary_pos_emb",
+        _MROPE,
     ),
 )

@@ -60,7 +60,7 @@ def _text(model: str, family: str = "TEXT") -> Patch:
         why=_WHY,
         when=f"{_TABLES}; no gradients",
         numerics=_NUMERICS,
-        requires={"transformers": ">=5.0,<5.24"},
+        requires={"transformers": ">=4.57,<5.24"},
         parameters=("q", "k", "cos", "sin", "unsqueeze_dim"),
     )
 
@@ -90,6 +90,7 @@ RECORDS = (
     _text("mistral"),
     _text("ministral"),
     _text("ministral3"),
+    _text("smollm3"),
     _text("gemma"),
     _text("gemma2"),
     _text("gemma3"),

@@ -6,6 +6,7 @@ original with what it was given.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import FunctionType
 from typing import Any, cast
@@ -128,8 +129,27 @@ def unsqueezed(
 def both_unsqueezed(
     family: Family, original: FunctionType, site: Site, steps: Rotation
 ) -> Callable[..., Any]:
-    """Query, key, cos and sin, and where those get a dimension: transformers' text models."""
+    """Query, key, cos and sin, and where those get a dimension: transformers' text models.
+
+    Before version 5 they take ``position_ids`` too, and do not look at them.
+    """
     read, turn, _ = steps
+
+    def rotary_with_ids(
+        q: Any, k: Any, cos: Any, sin: Any, position_ids: Any = None, unsqueeze_dim: Any = 1
+    ) -> Any:
+        if site.everywhere or site.in_force():
+            of_query: Any = law.UNUSUAL_ARGUMENT
+            of_key: Any = of_query
+            if position_ids is None and type(unsqueeze_dim) is int:
+                tables = (cos, sin)
+                of_query, of_key = read(q, tables, unsqueeze_dim), read(k, tables, unsqueeze_dim)
+            if site.takes(_reason(of_query, of_key)):
+                return turn(q, of_query), turn(k, of_key)
+        return original(q, k, cos, sin, position_ids, unsqueeze_dim)
+
+    if "position_ids" in inspect.signature(original).parameters:
+        return rotary_with_ids
 
     def rotary(q: Any, k: Any, cos: Any, sin: Any, unsqueeze_dim: Any = 1) -> Any:
         if site.everywhere or site.in_force():

@@ -182,6 +182,7 @@ MODELS: dict[str, Tiny] = {
             "timestep": torch.tensor([0.5]),
             "img_shapes": [(1, 4, 4)],
         },
+        if_taken={"txt_seq_lens": [7]},
     ),
     "controlnet_sana": Tiny(
         "SanaControlNetModel",

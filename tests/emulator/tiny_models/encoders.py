@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -20,6 +21,22 @@ _DECODER = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def _mrope(section: list[int]) -> dict[str, Any]:
+    """Positions of three axes, as transformers 5 writes them, and as the versions before do."""
+    if metadata.version("transformers").startswith("4."):
+        return {
+            "rope_theta": 10000.0,
+            "rope_scaling": {"rope_type": "default", "mrope_section": section},
+        }
+    return {
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": section,
+        }
+    }
 
 
 def _text() -> dict[str, Any]:
@@ -188,11 +205,7 @@ MODELS: dict[str, Tiny] = {
         {
             "text_config": {
                 **_DECODER,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "mrope_section": [2, 1, 1],
-                },
+                **_mrope([2, 1, 1]),
             },
             "vision_config": {
                 "depth": 2,
@@ -218,11 +231,7 @@ MODELS: dict[str, Tiny] = {
             "text_config": {
                 **_DECODER,
                 "head_dim": 16,
-                "rope_parameters": {
-                    "rope_type": "default",
-                    "rope_theta": 10000.0,
-                    "mrope_section": [4, 2, 2],
-                },
+                **_mrope([4, 2, 2]),
             },
             "vision_config": {
                 "depth": 2,

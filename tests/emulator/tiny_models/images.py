@@ -235,6 +235,7 @@ MODELS: dict[str, Tiny] = {
             "timestep": torch.tensor([1.0]),
             "img_shapes": [(1, 4, 4)],
         },
+        if_taken={"txt_seq_lens": [7]},
     ),
     "z_image": Tiny(
         "ZImageTransformer2DModel",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Tiny:
     library: str = "diffusers"
     prepare: Callable[[Any], None] | None = None  # what a pipeline does to the model
     unset: tuple[str, ...] = ()  # parameters whose memory the class leaves as it was
+    if_taken: dict[str, Any] = field(default_factory=dict)  # arguments that older versions need
 
     def build(self) -> torch.nn.Module:
         torch.manual_seed(0)
@@ -46,7 +48,13 @@ class Tiny:
 
     def make_inputs(self) -> dict[str, Any]:
         torch.manual_seed(1)
-        return self.inputs()
+        inputs = self.inputs()
+        if self.if_taken:
+            import diffusers
+
+            known = inspect.signature(getattr(diffusers, self.cls).forward).parameters
+            inputs |= {name: value for name, value in self.if_taken.items() if name in known}
+        return inputs
 
 
 def move(value: Any, to: Callable[[torch.Tensor], torch.Tensor]) -> Any:
