@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from mindiesd.patches import verify
+from mindiesd.patches import faults, verify
 from mindiesd.patches.rewriting import pattern
 from mindiesd.patches.rewriting.rules import Expression, Nested, Whole
 from mindiesd.patches.rewriting.source import Source, SourceUnknown, read
@@ -109,7 +109,8 @@ def _decorated(
 
 def _built(kind: Kind, original: types.FunctionType, site: Site) -> Any:
     module, _, name = kind.build.partition(":")
-    return getattr(import_module(module), name)(original, site)
+    made = getattr(import_module(module), name)(original, site)
+    return faults.guard(made, original, site)
 
 
 class _Outlined:
