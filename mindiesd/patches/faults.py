@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Hashable
 from types import CodeType, FunctionType
 from typing import Any
@@ -48,38 +49,82 @@ def guard(
     """
     import torch
 
-    faults = Faults(replacement, original, site)
-    known, tracing = faults.known, torch.compiler.is_dynamo_compiling
-
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        if tracing():
-            # Nothing can be caught in a graph, and Dynamo tells of its own errors.
-            return replacement(*args, **kwargs)
-        if known and faults.skips(args, kwargs):
-            return original(*args, **kwargs)
-        try:
-            return replacement(*args, **kwargs)
-        except Exception as error:
-            fault = faults.examine(error, args, kwargs)
-            if fault is None:
-                raise
-        # Not in the handler: an error of the original has nothing to do with ours.
-        return faults.call_original(fault, args, kwargs)
-
     assert isinstance(replacement, FunctionType)
-    # Code of their own, see law.dress, and the replacement's globals: torch.jit.script looks names
-    # up there.
+    # Code of its own, see law.dress.
     replacement.__code__ = replacement.__code__.replace()
-    made = FunctionType(
-        guarded.__code__.replace(),
-        replacement.__globals__,
-        guarded.__name__,
-        None,
-        guarded.__closure__,
+    faults = Faults(replacement, original, site)
+    space: dict[str, Any] = {}
+    exec(_compiled(replacement.__code__, len(replacement.__defaults__ or ())), space)
+    template = space["make"](
+        replacement, original, faults.known, faults, torch.compiler.is_dynamo_compiling
     )
+    # In the replacement's globals: torch.jit.script looks names up there.
+    made = FunctionType(
+        template.__code__.replace(),
+        replacement.__globals__,
+        replacement.__name__,
+        replacement.__defaults__,
+        template.__closure__,
+    )
+    made.__kwdefaults__ = replacement.__kwdefaults__
     functools.update_wrapper(made, replacement)
     vars(made)["__signature__"] = inspect.signature(replacement)
     return made
+
+
+# Written out for each list of parameters: passing them on as *args and **kwargs takes several times
+# as long as all the rest. Nothing can be caught in a graph, and Dynamo tells of its own errors. The
+# original is not called in the handler: what it raises has nothing to do with what ours raised.
+_LINE = sys._getframe().f_lineno + 1
+_TEMPLATE = """\
+def make(_replacement, _original, _known, _faults, _tracing):
+    def guarded({parameters}):
+        if _tracing():
+            return _replacement({arguments})
+        if _known and _faults.skips(({given}), {{{named}}}):
+            return _original({originals})
+        try:
+            return _replacement({arguments})
+        except Exception as error:
+            fault = _faults.examine(error, ({given}), {{{named}}})
+            if fault is None:
+                raise
+        return _faults.call_original(fault, ({given}), {{{named}}})
+    return guarded
+"""
+
+
+@functools.cache
+def _compiled(like: CodeType, defaults: int) -> CodeType:
+    """The template's code for the parameters of ``like``, with the line numbers it has here."""
+    names = list(like.co_varnames)
+    ordinary = names[: like.co_argcount]
+    keyword_only = names[like.co_argcount : like.co_argcount + like.co_kwonlyargcount]
+    rest = names[like.co_argcount + like.co_kwonlyargcount :]
+    more = f"*{rest.pop(0)}" if like.co_flags & inspect.CO_VARARGS else ""
+    others = f"**{rest.pop(0)}" if like.co_flags & inspect.CO_VARKEYWORDS else ""
+    parameters = list(ordinary)
+    if like.co_posonlyargcount:
+        parameters.insert(like.co_posonlyargcount, "/")
+    parameters += [more] if more else ["*"] * bool(keyword_only)
+    parameters += [*keyword_only, others]
+    arguments = [*ordinary, more, *(f"{name}={name}" for name in keyword_only), others]
+    # A builtin may take by keyword only what a Python function takes by position as well.
+    optional = ordinary[max(len(ordinary) - defaults, like.co_posonlyargcount) :]
+    if more:
+        optional = []
+    plain = ordinary[: len(ordinary) - len(optional)]
+    by_name = [*optional, *keyword_only]
+    originals = [*plain, more, *(f"{name}={name}" for name in by_name), others]
+    named = [*(f"{name!r}: {name}" for name in by_name), others]
+    text = _TEMPLATE.format(
+        parameters=", ".join(filter(None, parameters)),
+        arguments=", ".join(filter(None, arguments)),
+        originals=", ".join(filter(None, originals)),
+        given="".join(f"{part}, " for part in [*plain, more] if part),
+        named=", ".join(filter(None, named)),
+    )
+    return compile("\n" * (_LINE - 1) + text, __file__, "exec", dont_inherit=True)
 
 
 class Faults:

@@ -236,7 +236,9 @@ def test_code_of_the_user_that_raises_is_not_run_twice() -> None:
     migration = mindiesd.patch_all()
     with torch.no_grad():
         layer(torch.randn(2, 8))
-        assert entry(migration, "diffusers_GEGLU").redirected == 1, "or this test would not test anything"
+        assert entry(migration, "diffusers_GEGLU").redirected == 1, (
+            "or this test would not test anything"
+        )
         layer.proj.register_forward_hook(hook)
         assert error_of(lambda: layer(torch.randn(2, 8))) is raised
     assert len(calls) == 1
