@@ -287,4 +287,4 @@ def _word(value: Any) -> Hashable:
         return type(value), value
     if isinstance(value, (tuple, list)):
         return tuple(map(_word, value))
-    return type(value)
+    return id(type(value))
