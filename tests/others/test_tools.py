@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 # A program whose output is worth comparing: results, and the lines that a tool would stop at.
 PROGRAM = """\
 import torch
@@ -90,9 +92,7 @@ def test_pytest(runner, options):
         assert outcome(plain.out).splitlines()[-1] == outcome(launched.out).splitlines()[-1]
     else:
         assert outcome(launched.out) == outcome(plain.out)
-    assert "1 failed, 6 passed, 1 skipped, 1 xfailed" in launched.out.replace("\n", " ") or (
-        "1 failed" in launched.out and "1 xfailed" in launched.out
-    )
+    assert "1 failed, 6 passed, 1 skipped, 1 xfailed" in launched.out
     assert redirected(runner) == 5
 
 
@@ -148,7 +148,7 @@ def test_coverage(runner):
         options = ["--report=r.json"] if name == "launched" else []
         run = ["-m", "coverage", "run", "--branch", f"--data-file={name}.db", "script.py"]
         done = start(*options, *run)
-        assert (done.code, done.out) == (0, "total 1.7563\n") or done.code == 0, done.err
+        assert done.code == 0 and done.out.startswith("total "), done.err
         made = runner.plain(
             "-m", "coverage", "json", f"--data-file={name}.db", "-o", f"{name}.json", "-q"
         )
@@ -163,20 +163,23 @@ def test_coverage(runner):
 # OpenTelemetry's runner, which takes the same place as ours: sitecustomize.
 
 
-@pytest.mark.parametrize("order", ["ours around theirs", "theirs around ours"])
-def test_opentelemetry_instrument(runner, order):
+def test_opentelemetry_around_ours(runner):
     pytest.importorskip("opentelemetry.instrumentation")
-    runner.write(
-        "script.py", PROGRAM + "import sys\nprint('theirs', 'opentelemetry' in str(sys.modules))\n"
-    )
-    theirs = ["opentelemetry-instrument"]
-    ours = [*runner.launcher, "--report=r.json"]
-    before = [*ours, *theirs] if order == "ours around theirs" else [*theirs, *ours]
-    plain = runner.run([*theirs, sys.executable, "script.py"])
-    done = runner.run([*before, sys.executable, "script.py"])
+    ask = "import sys\nprint('theirs', any('opentelemetry' in m for m in sys.modules))\n"
+    runner.write("script.py", PROGRAM + ask)
+    program = [sys.executable, "script.py"]
+    plain = runner.run(["opentelemetry-instrument", *program])
+    done = runner.run(["opentelemetry-instrument", *runner.launcher, "--report=r.json", *program])
     assert (done.code, done.out) == (plain.code, plain.out), done.err
     assert "theirs True" in done.out
     assert redirected(runner) == 3
+
+
+def test_opentelemetry_below_ours_is_refused(runner):
+    """Its sitecustomize comes before ours then and calls no other: nothing would be patched."""
+    pytest.importorskip("opentelemetry.instrumentation")
+    line = runner.refused("opentelemetry-instrument", sys.executable, "-c", "print(1)")
+    assert "opentelemetry-instrument mindiesd-run" in line
 
 
 # Jupyter.
@@ -225,6 +228,7 @@ def test_autoreload(runner):
 %autoreload 2
 import os, time, torch, mindiesd
 import mine
+get_ipython().run_line_magic("autoreload", "now")
 x = torch.randn(4, 8)
 one = mine.work(x)
 open("mine.py", "w").write({changed!r})
