@@ -15,7 +15,8 @@ import pytest, torch
 from torch.testing._internal.common_methods_invocations import op_db
 
 OPS = [op for op in op_db if op.name.startswith("nn.functional.") or op.name in (
-    "addcmul", "mul", "add", "softmax", "matmul", "bmm", "split", "chunk", "cat", "native_layer_norm"
+    "addcmul", "mul", "add", "softmax", "matmul", "bmm", "split", "chunk", "cat",
+    "native_layer_norm",
 )]
 NAMES = [f"{op.name}-{op.variant_test_name}" for op in OPS]
 

@@ -125,7 +125,9 @@ def test_lora_loaded_and_unloaded_inside(pipe: Any) -> None:
         pipe.unfuse_lora()
         pipe.unload_lora_weights()
         assert close(draw(pipe), plain)
-    assert [row[:3] for row in held(pipe)] == [row[:3] for row in before]
+    # peft leaves attributes of its own behind; of us nothing stays.
+    assert [row[:2] for row in held(pipe)] == [row[:2] for row in before]
+    assert all("forward" not in attributes for _, _, attributes, _ in held(pipe))
     assert close(draw(pipe), plain, 1e-5)
 
 
@@ -198,8 +200,23 @@ def test_a_users_subclass(pipe: Any) -> None:
     class Mine(FluxPipeline):
         """With a component that it registers as diffusers documents, and one that it does not."""
 
-        def __init__(self, extra: torch.nn.Module, **components: Any) -> None:
-            super().__init__(**components)
+        def __init__(
+            self,
+            scheduler: Any,
+            vae: Any,
+            text_encoder: Any,
+            tokenizer: Any,
+            text_encoder_2: Any,
+            tokenizer_2: Any,
+            transformer: Any,
+            extra: torch.nn.Module,
+            image_encoder: Any = None,
+            feature_extractor: Any = None,
+        ) -> None:
+            super().__init__(
+                scheduler, vae, text_encoder, tokenizer, text_encoder_2, tokenizer_2, transformer,
+                image_encoder, feature_extractor,
+            )  # fmt: skip
             self.register_modules(extra=extra)
             self.helper = torch.nn.LayerNorm(8)
 
@@ -207,7 +224,7 @@ def test_a_users_subclass(pipe: Any) -> None:
         def __call__(self, x: torch.Tensor) -> torch.Tensor:
             return self.helper(self.extra(x))
 
-    mine = Mine(torch.nn.Sequential(torch.nn.LayerNorm(8)), **pipe.components)
+    mine = Mine(extra=torch.nn.Sequential(torch.nn.LayerNorm(8)), **pipe.components)
     mine.set_progress_bar_config(disable=True)
     x = torch.randn(2, 8)
     expected = mine(x)
