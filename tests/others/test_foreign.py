@@ -70,4 +70,5 @@ def test_pytorchs_operator_database(runner):
     assert after == before
     assert launched.code == plain.code
     summary = json.loads((runner.folder / "r.json").read_text())["summary"]
-    assert summary["redirected"] > 50, "or nothing of ours was in the way"
+    assert summary["redirected"] > 5, "or nothing of ours was in the way"
+    assert summary["redirected"] + summary["fell_back"] > 30
