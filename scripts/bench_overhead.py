@@ -74,6 +74,7 @@ def call_rows() -> list[Row]:
 
     import mindiesd
     from mindiesd.ops.backends import native
+    from mindiesd.patches.faults import guard
     from mindiesd.patches.rms_norm import build_functional as build_rms
     from mindiesd.patches.scope import Site
     from mindiesd.patches.sdpa import build as build_sdpa
@@ -105,7 +106,7 @@ def call_rows() -> list[Row]:
             site = Site(falling)
             site.everywhere = True
             site.arm()
-            shim = build(nothing, site)
+            shim = guard(build(nothing, site), nothing, site)
             falling_back.append((what, partial(shim, *args), partial(nothing, *args), goal))
 
         # From here on the kernels do nothing, on our side and on the bare one.
@@ -287,7 +288,19 @@ def pipeline_rows(rounds: int) -> list[Row]:
             (patched if patch else plain).append(draw())
             mindiesd.unpatch_all()
         ratios.append(patched[-1] / plain[-1])
-    return [Row("the demo's pipeline, patched / unpatched", statistics.median(ratios), 1.02, "×")]
+    rows = [Row("the demo's pipeline, patched / unpatched", statistics.median(ratios), 1.02, "×")]
+    # What verify=N costs once its N calls are through.
+    ratios = []
+    for number in range(rounds):
+        taken = {}
+        for verify in (0, 1) if number % 2 else (1, 0):
+            mindiesd.patch_all(verify=verify)
+            draw(2)
+            taken[verify] = draw()
+            mindiesd.unpatch_all()
+        ratios.append(taken[1] / taken[0])
+    what = "the same after `verify=1` has seen every line / without it"
+    return [*rows, Row(what, statistics.median(ratios), 1.02, "×")]
 
 
 def table(rows: list[Row]) -> str:

@@ -17,10 +17,10 @@ from mindiesd.bootstrap.settings import Settings
 from mindiesd.patches import Migration, patch_all
 from mindiesd.patches.device import DEVICE
 from mindiesd.patches.process import current_migration
-from mindiesd.patches.report import Report, versions
+from mindiesd.patches.report import Report, render, versions
 
 if TYPE_CHECKING:
-    from mindiesd.bootstrap._mindiesd_start import Process
+    from mindiesd.bootstrap.path._mindiesd_start import Process
 
 OWN_PATCHES = "the script calls patch_all() itself, so it was patched without the launcher too"
 
@@ -136,8 +136,16 @@ def _seed() -> None:
     wrapt.register_post_import_hook(lambda numpy: numpy.random.seed(0), "numpy")
 
 
-def close(me: Process) -> None:
-    """In the main process, at its end: the one report."""
+FAILED = 3
+"""The exit code with ``--strict`` where a calling line failed verification."""
+
+
+def close(me: Process) -> int | None:
+    """In the main process, at its end: the one report.
+
+    Returns:
+        The exit code where it is not to be the program's own.
+    """
     reports, missing = collect(me.session)
     settings = Settings.read(me.variables)
     if me.attached is not None and "torch" in sys.modules:
@@ -148,7 +156,7 @@ def close(me: Process) -> None:
         if me.attached is not None:
             reports.append(me.attached.report())
     if not reports:
-        return
+        return None
     report = Report.merged(reports)
     note = missed(missing)
     if note:
@@ -164,13 +172,33 @@ def close(me: Process) -> None:
             text = str(Counts.from_dict(report.trace))
             whole = settings.report == "1"
             me.say(f"emulated NPU: {text if whole else text.splitlines()[0]}")
+    return FAILED if settings.strict and report.failed_verification else None
 
 
 def shown(report: Report, wanted: str, note: str) -> str:
     """The report for the terminal: the table if it is wanted, else one line."""
     if wanted == "1" and report.torch_imported:
-        return str(report)
+        return _as_fits(report)
     return "; ".join(filter(None, [report.summary(), note]))
+
+
+def _as_fits(report: Report) -> str:
+    """The table as stderr can show it: coloured on a terminal, without signs it has no code for."""
+    stream = sys.__stderr__
+    color, width = False, None
+    if stream is not None and stream.isatty():
+        color = not os.environ.get("NO_COLOR")
+        with suppress(OSError, ValueError):
+            width = os.get_terminal_size(stream.fileno()).columns or None
+    text = render(report, width, color)
+    try:
+        text.encode(getattr(stream, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        text = text.translate(_PLAIN)
+    return text
+
+
+_PLAIN = str.maketrans({"→": "->", "×": "x", "─": "-", "…": "...", "·": ".", "²": "2", "≤": "<="})
 
 
 def missed(number: int) -> str:
@@ -224,9 +252,11 @@ def _ticket() -> str:
 
 def _write(path: str, text: str) -> None:
     """Replace the file at once, so that nobody ever reads half of it."""
-    part = f"{path}.{os.getpid()}.part"
+    part = f"{path}.{_ticket()}.part"
     try:
-        with open(part, "w", encoding="utf-8") as out:
+        # In a directory that others can write to, they cannot have put a link there.
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+        with open(os.open(part, flags, 0o666), "w", encoding="utf-8") as out:
             out.write(text)
         os.replace(part, path)
     except OSError:

@@ -29,6 +29,7 @@ class Settings(NamedTuple):
         compare: whether the command is run without the patches too, and the two are compared.
         device: whether ``"cuda"`` means the NPU where there is one and CUDA is not.
         sparse: sparse attention, as ``strategy:sparsity``; ``""`` for none.
+        sites: whether calls are counted by calling line.
     """
 
     only: tuple[str, ...] | None = None
@@ -42,6 +43,7 @@ class Settings(NamedTuple):
     compare: bool = False
     device: bool = True
     sparse: str = ""
+    sites: bool = False
 
     @classmethod
     def read(cls, environ: Mapping[str, str], given: Mapping[str, str] | None = None) -> Settings:
@@ -77,6 +79,7 @@ class Settings(NamedTuple):
             "compare": "1" if self.compare else "",
             "device": "" if self.device else "0",
             "sparse": self.sparse,
+            "sites": "1" if self.sites else "",
         }
         return {PREFIX + name.upper(): text for name, text in texts.items() if text}
 
@@ -90,6 +93,7 @@ class Settings(NamedTuple):
             "strict": self.strict,
             "sparse": self.sparse or None,
             "device": self.device,
+            "sites": self.sites,
         }
 
 

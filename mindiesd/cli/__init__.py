@@ -74,7 +74,7 @@ def _check(settings: Settings, given: dict[str, str]) -> None:
 def environment(settings: Settings) -> dict[str, str]:
     """The environment of the command: the options, and our bootstrap directory found first."""
     bootstrap = os.path.join(
-        os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "bootstrap"
+        os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "bootstrap", "path"
     )
     if os.pathsep in bootstrap:
         raise Refused(

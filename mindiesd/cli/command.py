@@ -96,6 +96,11 @@ def _on_path(words: list[str]) -> Command:
 
 
 def _program(path: str, words: list[str]) -> Command:
+    if os.path.basename(path) == "opentelemetry-instrument":
+        raise Refused(
+            "opentelemetry-instrument would hide the launcher's start-up code from Python; "
+            "write them the other way round: opentelemetry-instrument mindiesd-run …"
+        )
     _, interpreter = _first_line(path)
     if interpreter and _is_python(interpreter[0]):
         _refuse_isolated(interpreter[0], interpreter[1:])

@@ -24,7 +24,7 @@ import wrapt
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
-from mindiesd.patches import law, sweep, verify
+from mindiesd.patches import faults, law, sweep, verify
 from mindiesd.patches.front_doors.finder import FINDER
 from mindiesd.patches.hooks import ImportWatch, find_module, is_initializing
 from mindiesd.patches.registry import INSIDE, NOT_COMPARED, Patch, records
@@ -85,20 +85,23 @@ class Engine:
         """Replace the lock: a thread that held it while this process was forked is not here."""
         self._lock = threading.RLock()
 
-    def acquire(self, patches: Iterable[Patch], verified: bool = False) -> None:
+    def acquire(
+        self, patches: Iterable[Patch], verified: bool = False, sites: bool = False
+    ) -> None:
         """Install these records, now or as soon as their modules are imported.
 
         Args:
             patches: the records.
             verified: install them so that calls can be verified; what is installed without is
                 installed anew.
+            sites: install them so that calls can be counted by line; likewise.
         """
         with self._lock:
             fresh = []
             for patch in patches:
                 state = self._states[patch.name]
                 state.wanted += 1
-                watched = verified and patch.reference != NOT_COMPARED
+                watched = sites or (verified and patch.reference != NOT_COMPARED)
                 again = watched and not state.site.watching
                 state.site.watching |= watched
                 if again and state.replaced:
@@ -276,13 +279,18 @@ class Engine:
         build = _resolve(patch.build)
         try:
             replacement = build(original, state.site)
+            # Of what is made for rewriting each part is guarded; a front door's original cannot
+            # run where it is redirected.
+            if patch.reference != INSIDE and not patch.provides:
+                replacement = faults.guard(replacement, original, state.site)
             if state.site.watching and patch.reference != INSIDE:
                 replacement = verify.watch(
                     replacement,
                     original,
                     state.site.verification_now,
                     patch.name,
-                    _resolve(patch.reference) if patch.reference else None,
+                    _resolve(patch.reference) if ":" in patch.reference else None,
+                    comparable=patch.reference != NOT_COMPARED,
                 )
             state.site.installed = replacement
             law.dress(replacement, original, module, path)

@@ -25,6 +25,35 @@ def is_initializing(module: ModuleType) -> bool:
     return bool(getattr(getattr(module, "__spec__", None), "_initializing", False))
 
 
+class _Initializing(ModuleSpec):
+    """The spec of a module that is being executed; calls back when the import system is done."""
+
+    # Where the import system keeps the attribute of this name; a property comes before it.
+    @property
+    def _initializing(self) -> bool:
+        return bool(vars(self).get("_initializing"))
+
+    @_initializing.setter
+    def _initializing(self, value: bool) -> None:
+        vars(self)["_initializing"] = value
+        if not value:
+            self.__class__ = ModuleSpec  # type: ignore[assignment]
+            for then in vars(self).pop("_mindiesd_then", ()):
+                then()
+
+
+def _when_initialized(module: ModuleType, then: Callable[[], None]) -> None:
+    """Call ``then`` as soon as the execution of ``module`` is over.
+
+    Without this a module that nothing is imported after would stay as it is.
+    """
+    spec = module.__spec__
+    if type(spec) is ModuleSpec:
+        spec.__class__ = _Initializing
+    if type(spec) is _Initializing:
+        vars(spec).setdefault("_mindiesd_then", []).append(then)
+
+
 class ImportWatch(MetaPathFinder):
     """Calls ``on_import(name)`` each time one of the watched modules has been executed.
 
@@ -55,6 +84,7 @@ class ImportWatch(MetaPathFinder):
         elif is_initializing(module):
             # Half-way through its import: wrapt would fire now, before the target exists.
             self._partial.add(name)
+            _when_initialized(module, self.retry_partial)
         else:
             self._call(name)
 

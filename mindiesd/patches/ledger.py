@@ -22,6 +22,11 @@ class Tally:
         self._reads = 0
         self._lock = threading.Lock()
 
+    def untick(self) -> None:
+        """Take one tick back."""
+        with self._lock:
+            self._reads += 1
+
     def value(self) -> int:
         """How often ``tick`` was called so far."""
         with self._lock:
@@ -54,6 +59,17 @@ class Counts:
             # setdefault is atomic: two threads meeting here end up with the same tally.
             tally = self._fell_back.setdefault(reason, Tally())
         tally.tick()
+
+    def gave_up(self, reason: str, counted: bool) -> None:
+        """Count a call that went to the original after all.
+
+        Args:
+            reason: why.
+            counted: whether it was counted as redirected before.
+        """
+        if counted:
+            self._redirected.untick()
+        self.fell_back(reason)
 
     def snapshot(self) -> tuple[int, int, dict[str, int]]:
         """Calls redirected, calls traced into compiled graphs, calls that fell back by reason."""

@@ -13,10 +13,10 @@ from mindiesd.patches.engine import ENGINE, nothing_to_mend
 from mindiesd.patches.front_doors.finder import FINDER
 from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.registry import select, words
-from mindiesd.patches.report import PatchReport, Report, versions
+from mindiesd.patches.report import PatchReport, Report, SiteReport, versions
 from mindiesd.patches.sparse_options import SparseOptions, read
 from mindiesd.patches.sweep import Swap
-from mindiesd.patches.verify import Verification
+from mindiesd.patches.verify import Place, Verification
 
 NUMERICS = ("faithful", "fast")
 
@@ -33,6 +33,7 @@ class Options:
         strict: bool,
         sparse: object = None,
         device: bool = False,
+        sites: bool = False,
     ) -> None:
         """Check the options.
 
@@ -47,6 +48,8 @@ class Options:
             raise ParametersInvalid("strict", strict, "True or False")
         if type(device) is not bool:
             raise ParametersInvalid("device", device, "True or False")
+        if type(sites) is not bool:
+            raise ParametersInvalid("sites", sites, "True or False")
         self.only = _tuple("only", only)
         self.skip = _tuple("skip", skip)
         self.numerics = numerics
@@ -66,6 +69,7 @@ class Options:
                     "sparse", "given without its patches", "None, or sdpa and sparse left selected"
                 )
         self.device = device
+        self.sites = sites
 
     def to_dict(self) -> dict[str, Any]:
         """The options as plain data."""
@@ -77,6 +81,7 @@ class Options:
             "verify": self.verify,
             "strict": self.strict,
             "device": self.device,
+            "sites": self.sites,
             **asked,
         }
 
@@ -85,6 +90,20 @@ class Options:
         return isinstance(other, Options) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def _site(place: Place) -> SiteReport:
+    counts = place.counts
+    redirected, _, fell_back = (None, 0, None) if counts is None else counts.snapshot()
+    return SiteReport(
+        where=place.where,
+        redirected=redirected,
+        fell_back=fell_back,
+        verified=place.verified,
+        largest_error=place.error,
+        failure=place.failure,
+        without_reference=dict(place.unjudged),
+    )
 
 
 def _tuple(argument: str, value: str | Iterable[str] | None) -> tuple[str, ...] | None:
@@ -132,7 +151,8 @@ class Migration:
         """
         self.options = options
         self.ledger = Ledger()
-        self.verification = Verification(options.verify) if options.verify else None
+        watched = options.verify or options.sites
+        self.verification = Verification(options.verify, options.sites) if watched else None
         self.scope = scope
         self.notes: list[str] = []
         self._frozen: Report | None = None
@@ -144,7 +164,9 @@ class Migration:
             PatchError: a record cannot be applied, under ``strict``; or none can of what a word of
                 ``only`` names. Nothing stays installed then.
         """
-        ENGINE.acquire(self.options.patches, verified=self.verification is not None)
+        ENGINE.acquire(
+            self.options.patches, verified=self.options.verify > 0, sites=self.options.sites
+        )
         skipped = {}
         for patch in self.options.patches:
             status, reason = ENGINE.status(patch)
@@ -183,13 +205,15 @@ class Migration:
         """Count from zero: a forked child has made none of its parent's calls."""
         for counts in self.ledger.values():
             counts.forget()
+        if self.verification is not None:
+            self.verification.forget_counts()
 
     def report(self) -> Report:
         """What this migration did so far; after its end, what it had done."""
         return self._build() if self._frozen is None else self._frozen
 
     def _verified(self, patch: str) -> dict[str, Any]:
-        """The report's fields on verification."""
+        """The report's fields on verification and on single lines."""
         if self.verification is None:
             return {}
         places = self.verification.places(patch)
@@ -204,6 +228,7 @@ class Migration:
                 f"{place.where}: {place.failure}" for place in places if place.failure
             ],
             "without_reference": unjudged,
+            "sites": [_site(place) for place in places],
         }
 
     def _build(self) -> Report:

@@ -40,23 +40,27 @@ def patch_pipeline(
     verify: int = 0,
     strict: bool = False,
     sparse: Any = None,
+    *,
+    sites: bool = False,
 ) -> Iterator[Migration]:
     """Redirect calls made inside one pipeline's modules, for the length of a ``with`` block.
 
     Every module of the pipeline is in scope, however it is entered; other models of the process
     are not, also in other threads, also of the same class. A module that two pipelines share is in
-    scope for both. Modules put into the pipeline inside the block are in scope where they are
-    called from one that was there before.
+    scope for both: the other pipeline's calls of it are redirected as well, and counted here, while
+    its own modules stay as they are. Modules put into the pipeline inside the block are in scope
+    where they are called from one that was there before.
 
     Args:
-        pipe: a diffusers pipeline, any object whose attributes hold modules, or one
-            ``torch.nn.Module``.
+        pipe: a diffusers pipeline, any object whose attributes hold modules, pipelines, or lists
+            or dictionaries of them, or one ``torch.nn.Module``.
         only: as for :func:`patch_all`.
         skip: as for :func:`patch_all`.
         numerics: as for :func:`patch_all`.
         verify: as for :func:`patch_all`.
         strict: as for :func:`patch_all`.
         sparse: as for :func:`patch_all`.
+        sites: as for :func:`patch_all`.
 
     Yields:
         The migration; its ``report()`` counts this block's calls only.
@@ -65,11 +69,11 @@ def patch_pipeline(
         ParametersInvalid: ``pipe`` holds no module, or an option is not allowed.
         PatchError: as for :func:`patch_all`.
     """
-    options = Options(only, skip, numerics, verify, strict, sparse)
+    options = Options(only, skip, numerics, verify, strict, sparse, sites=sites)
     modules = _modules(pipe)
     migration = Migration(options, f"pipeline {type(pipe).__name__}")
     names = frozenset(patch.name for patch in options.patches)
-    token = Token(names, migration.ledger, migration.verification)
+    token = Token(names, migration.ledger, migration.verification, strict)
     token.modules = frozenset(map(id, modules))
     migration.install()
     scoped = _Scoped(token)
@@ -94,20 +98,42 @@ def patch_pipeline(
 def _modules(pipe: Any) -> list[Module]:
     from torch.nn import Module
 
-    if isinstance(pipe, Module):
-        roots = [pipe]
-    else:
-        held: dict[str, Any] = {}
-        if hasattr(pipe, "components"):
-            held.update(pipe.components)
-        held.update(getattr(pipe, "__dict__", {}))
-        roots = [value for value in held.values() if isinstance(value, Module)]
+    roots: list[Module] = []
+    waiting, seen = [pipe], {id(pipe)}
+    while waiting:
+        holder = waiting.pop()
+        if isinstance(holder, Module):
+            roots.append(holder)
+            continue
+        for value in _held(holder, holder is pipe):
+            if id(value) not in seen:
+                seen.add(id(value))
+                waiting.append(value)
     if not roots:
         raise ParametersInvalid(
             "pipe", type(pipe).__name__, "a torch.nn.Module or an object that holds some"
         )
     every = {id(module): module for root in roots for module in root.modules()}
     return [module for module in every.values() if _can_reach_a_patch(module)]
+
+
+def _held(holder: Any, whole: bool) -> list[Any]:
+    """What a pipeline, or a list or dictionary of it, may hold modules in.
+
+    Args:
+        holder: anything.
+        whole: whether its attributes are looked at though it does not look like a pipeline.
+    """
+    if type(holder) in (list, tuple):
+        return list(holder)
+    if type(holder) is dict:
+        return list(holder.values())
+    components = getattr(type(holder), "components", None)
+    if not whole and not isinstance(components, property):
+        return []
+    # A pipeline may be made of others, as diffusers' combined pipelines are.
+    held = list(getattr(holder, "__dict__", {}).values())
+    return [*holder.components.values(), *held] if components is not None else held
 
 
 def _can_reach_a_patch(module: Module) -> bool:

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import mindiesd
 from mindiesd.errors import ParametersInvalid
 
-SCHEMA = 2
+SCHEMA = 3
 """Version of the dictionary form; grows when a field comes, goes away or changes its meaning.
 
-2 added ``trace``, ``compare`` and the patches' ``sources``.
+2 added ``trace``, ``compare`` and the patches' ``sources``; 3 the patches' ``sites`` and what of
+verification is in the summary. ``docs/report.md`` describes every field.
 """
 
 DISTRIBUTIONS = ("torch", "torch_npu", "diffusers", "transformers", "wrapt")
@@ -37,6 +38,31 @@ def versions() -> dict[str, str | None]:
         except metadata.PackageNotFoundError:
             found[name] = None
     return found
+
+
+@dataclass(kw_only=True)
+class SiteReport:
+    """What happened to the calls that one patch got from one calling line.
+
+    Attributes:
+        where: ``file:line``.
+        redirected: eager calls that took the new path; ``None`` where calls were not counted by
+            line (without ``sites``).
+        fell_back: reason -> eager calls that went to the original; ``None`` likewise.
+        verified: calls that ``verify=N`` ran both ways and found right.
+        largest_error: of those, the largest root-mean-square error relative to the result.
+        failure: what was wrong with the call because of which this line went back to the original;
+            empty where none was.
+        without_reference: why a call was compared with the original alone -> such calls.
+    """
+
+    where: str
+    redirected: int | None = None
+    fell_back: dict[str, int] | None = None
+    verified: int = 0
+    largest_error: float = 0.0
+    failure: str = ""
+    without_reference: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
@@ -68,6 +94,7 @@ class PatchReport:
         without_reference: why a call was compared with the original alone -> such calls.
         sources: where the source of an original lies in whose place a function of mindiesd stands,
             as ``"file:first-last"`` line.
+        sites: the calling lines, where ``verify=N`` or ``sites`` looked at them.
     """
 
     name: str
@@ -88,6 +115,12 @@ class PatchReport:
     failed_verification: list[str] = field(default_factory=list)
     without_reference: dict[str, int] = field(default_factory=dict)
     sources: list[str] = field(default_factory=list)
+    sites: list[SiteReport] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> PatchReport:
+        """Read back what ``dataclasses.asdict`` gave."""
+        return cls(**{**data, "sites": [SiteReport(**site) for site in data["sites"]]})
 
 
 @dataclass(kw_only=True)
@@ -131,6 +164,16 @@ class Report:
         """Eager calls that went to the original, over all patches."""
         return sum(sum(patch.fell_back.values()) for patch in self.patches)
 
+    @property
+    def verified(self) -> int:
+        """Calls that ``verify=N`` found right, over all patches."""
+        return sum(patch.verified for patch in self.patches)
+
+    @property
+    def failed_verification(self) -> int:
+        """Calling lines that ``verify=N`` sent back to the original, over all patches."""
+        return sum(len(patch.failed_verification) for patch in self.patches)
+
     def summary(self) -> str:
         """One line for the terminal."""
         if not self.torch_imported:
@@ -141,12 +184,10 @@ class Report:
             f"{_spaced(self.redirected)} calls redirected",
             f"{_spaced(self.fell_back)} fell back",
         ]
-        verified = sum(patch.verified for patch in self.patches)
-        failed = sum(len(patch.failed_verification) for patch in self.patches)
-        if verified or failed:
-            parts.append(f"{_spaced(verified)} verified")
-        if failed:
-            parts.append(f"{failed} lines FAILED verification")
+        if self.verified or self.failed_verification:
+            parts.append(f"{_spaced(self.verified)} verified")
+        if self.failed_verification:
+            parts.append(f"{self.failed_verification} lines FAILED verification")
         if self.traced:
             parts.append(f"{_spaced(self.traced)} compiled in")
         for status in ("provided", "skipped", "pending"):
@@ -167,6 +208,8 @@ class Report:
                 "redirected": self.redirected,
                 "traced": self.traced,
                 "fell_back": self.fell_back,
+                "verified": self.verified,
+                "failed_verification": self.failed_verification,
             },
             "options": self.options,
             "versions": self.versions,
@@ -192,7 +235,7 @@ class Report:
         if data.get("schema") != SCHEMA:
             raise ParametersInvalid("data['schema']", data.get("schema"), str(SCHEMA))
         return cls(
-            patches=[PatchReport(**patch) for patch in data["patches"]],
+            patches=[PatchReport.from_dict(patch) for patch in data["patches"]],
             options=dict(data["options"]),
             versions=dict(data["versions"]),
             notes=list(data["notes"]),
@@ -220,7 +263,7 @@ class Report:
             for patch in report.patches:
                 known = merged.get(patch.name)
                 if known is None:
-                    merged[patch.name] = PatchReport(**asdict(patch))
+                    merged[patch.name] = PatchReport.from_dict(asdict(patch))
                 else:
                     _add(known, patch)
         return cls(
@@ -243,18 +286,41 @@ def _add(into: PatchReport, other: PatchReport) -> None:
         into.status, into.reason = other.status, other.reason
     into.redirected += other.redirected
     into.traced += other.traced
-    for reason, count in other.fell_back.items():
-        into.fell_back[reason] = into.fell_back.get(reason, 0) + count
+    into.fell_back = _sum(into.fell_back, other.fell_back)
     into.verified += other.verified
     into.largest_error = max(into.largest_error, other.largest_error)
     into.failed_verification = list(
         dict.fromkeys(into.failed_verification + other.failed_verification)
     )
-    for reason, count in other.without_reference.items():
-        into.without_reference[reason] = into.without_reference.get(reason, 0) + count
+    into.without_reference = _sum(into.without_reference, other.without_reference)
     into.rebound = list(dict.fromkeys(into.rebound + other.rebound))
     into.unreached = list(dict.fromkeys(into.unreached + other.unreached))
     into.sources = list(dict.fromkeys(into.sources + other.sources))
+    known = {site.where: site for site in into.sites}
+    for site in other.sites:
+        if site.where in known:
+            _add_site(known[site.where], site)
+        else:
+            into.sites.append(replace(site))
+
+
+def _add_site(into: SiteReport, other: SiteReport) -> None:
+    if into.redirected is None or other.redirected is None:
+        into.redirected = None
+    else:
+        into.redirected += other.redirected
+    if into.fell_back is None or other.fell_back is None:
+        into.fell_back = None
+    else:
+        into.fell_back = _sum(into.fell_back, other.fell_back)
+    into.verified += other.verified
+    into.largest_error = max(into.largest_error, other.largest_error)
+    into.failure = into.failure or other.failure
+    into.without_reference = _sum(into.without_reference, other.without_reference)
+
+
+def _sum(one: dict[str, int], other: dict[str, int]) -> dict[str, int]:
+    return {name: one.get(name, 0) + other.get(name, 0) for name in [*one, *other]}
 
 
 def _added(traces: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -320,11 +386,24 @@ def _remarks(patch: PatchReport) -> list[str]:
         f"{_spaced(count)} compared with the original alone: {reason}"
         for reason, count in patch.without_reference.items()
     ]
+    remarks += [_line(site) for site in patch.sites if site.redirected is not None]
     if patch.rebound:
         remarks.append("also rebound: " + ", ".join(patch.rebound))
     if patch.unreached:
         remarks.append("not reached: " + ", ".join(patch.unreached))
     return remarks
+
+
+def _line(site: SiteReport) -> str:
+    """What is known of one calling line."""
+    parts = [f"{_spaced(site.redirected or 0)} redirected"]
+    parts += [
+        f"{_spaced(count)} fell back: {reason}"
+        for reason, count in sorted((site.fell_back or {}).items(), key=lambda item: -item[1])
+    ]
+    if site.verified:
+        parts.append(f"{_spaced(site.verified)} verified, largest error {site.largest_error:.1e}")
+    return f"{site.where}: {', '.join(parts)}"
 
 
 def render(report: Report, width: int | None = None, color: bool = False) -> str:
@@ -365,7 +444,7 @@ def render(report: Report, width: int | None = None, color: bool = False) -> str
     out = io.StringIO()
     columns = width or shutil.get_terminal_size((120, 24)).columns
     console = Console(file=out, width=columns, force_terminal=color, color_system="auto")
-    console.print(report.summary(), highlight=False, markup=False)
+    console.print(report.summary(), style="bold", highlight=False, markup=False)
     if table.row_count:
         console.print(table)
     for because, patches in quiet.items():

@@ -22,6 +22,20 @@ LOCAL = threading.local()
 """``LOCAL.token`` is the token of the scoped module whose forward this thread is inside of."""
 
 
+_asked = threading.local()
+"""``_asked.name`` is the patch of which this thread asks :meth:`Site.would_take`."""
+
+
+_asking_lock = threading.Lock()
+
+
+class _Decided(BaseException):
+    """What :meth:`Site.takes` was told, on its way to :meth:`Site.would_take`."""
+
+    def __init__(self, reason: str | None) -> None:
+        self.reason = reason
+
+
 _numbers = itertools.count(1)
 _tokens: weakref.WeakValueDictionary[str, Token] = weakref.WeakValueDictionary()
 
@@ -34,6 +48,7 @@ class Token:
         names: the patches that are in force in the block.
         ledger: where the block's calls are counted.
         verification: what ``verify=N`` of this block found; ``None`` where nothing is verified.
+        strict: whether a redirect that raises is the caller's to see.
         key: unique text; a constant to Dynamo, which an object is not.
         modules: ``id`` of every module in scope; the block keeps them alive.
     """
@@ -43,12 +58,14 @@ class Token:
         names: frozenset[str],
         ledger: Ledger,
         verification: verify.Verification | None = None,
+        strict: bool = False,
     ) -> None:
         """Open a scope in which the patches called ``names`` are in force."""
         self.active = True
         self.names = names
         self.ledger = ledger
         self.verification = verification
+        self.strict = strict
         self.modules: frozenset[int] = frozenset()
         self.key = f"block {next(_numbers)}"
         _tokens[self.key] = self
@@ -80,6 +97,8 @@ class Site:
         everywhere: whether it is in force in the whole process.
         watching: whether what is installed is the replacement inside ``verify.watch``.
         verification: what ``verify=N`` of ``patch_all`` found; ``None``: nothing is verified.
+        strict: whether a redirect that raises outside of any token is the caller's to see.
+        asking: how many threads are inside of ``would_take``.
         installed: what stands at the target, once something does.
     """
 
@@ -89,6 +108,8 @@ class Site:
         self.everywhere = False
         self.watching = False
         self.verification: verify.Verification | None = None
+        self.strict = False
+        self.asking = 0
         self.installed: Any = None
         self.count_to(Ledger())
 
@@ -114,6 +135,11 @@ class Site:
         """The verification that the current call belongs to; ``None``: it is not verified."""
         token = getattr(LOCAL, "token", None) if OPEN else None
         return self.verification if token is None else token.verification
+
+    def strict_now(self) -> bool:
+        """Whether the current call is one in which a redirect that raises is not put right."""
+        token = getattr(LOCAL, "token", None) if OPEN else None
+        return self.strict if token is None else token.strict
 
     def in_force(self) -> bool:
         """Whether the current call is one that this patch may redirect."""
@@ -145,6 +171,8 @@ class Site:
         else:
             token = getattr(LOCAL, "token", None) if OPEN else None
             counts = self._own if token is None else token.ledger[self.name]
+            if self.asking and getattr(_asked, "name", None) == self.name:
+                raise _Decided(reason)
             if self.watching:
                 reason = verify.note(self.name, reason)
             if reason is None:
@@ -152,3 +180,40 @@ class Site:
             else:
                 counts.fell_back(reason)
         return reason is None
+
+    def would_take(
+        self, replacement: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> bool | None:
+        """Whether the replacement takes a call; its kernel is not run, and nothing is counted.
+
+        Returns:
+            None where it does not come to a decision.
+        """
+        with _asking_lock:
+            self.asking += 1
+        outer = getattr(_asked, "name", None)
+        _asked.name = self.name
+        try:
+            replacement(*args, **kwargs)
+        except _Decided as decided:
+            return decided.reason is None
+        except Exception:  # noqa: BLE001 - it raised before, which is why this is asked
+            return None
+        finally:
+            _asked.name = outer
+            with _asking_lock:
+                self.asking -= 1
+        return None
+
+    def gave_up(self, reason: str, counted: bool) -> None:
+        """Count a call that went to the original because the redirect raised.
+
+        Args:
+            reason: what is counted.
+            counted: whether ``takes`` has counted it as redirected.
+        """
+        token = getattr(LOCAL, "token", None) if OPEN else None
+        counts = self._own if token is None else token.ledger[self.name]
+        if self.watching:
+            verify.note(self.name, reason)
+        counts.gave_up(reason, counted)

@@ -1,8 +1,11 @@
-"""``verify=N``: the first N redirected calls of each calling line run both ways and are judged.
+"""``verify=N`` and ``sites``: what is known of single calling lines.
+
+With ``verify=N`` the first N redirected calls of each line run both ways and are judged.
 
 The judge is float64, not the original: the original is called once more with float64 arguments on
 the CPU, and ours may not be farther from that than the original is. A line that fails goes back to
-the original for the rest of the run and stands in the report.
+the original for the rest of the run and stands in the report. With ``sites`` all calls are counted
+by line; the line is looked up at every call, which costs about as much as a small redirect.
 """
 
 from __future__ import annotations
@@ -16,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+
+from mindiesd.patches.ledger import Counts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +37,8 @@ NOISE = 4.0
 BLIND_NOISE = 32.0
 """The same where no float64 reference could be had and ours is compared with the original."""
 
+_UNDECIDED = "undecided"
+
 _busy = threading.local()
 
 
@@ -46,6 +53,7 @@ class Place:
         error: largest root-mean-square error of a verified call, relative to the result.
         failure: what was wrong with the call that failed; empty while none did.
         unjudged: why calls could not be verified, with counts.
+        counts: what became of its calls; ``None`` where they are not counted by line.
     """
 
     where: str
@@ -54,14 +62,21 @@ class Place:
     error: float = 0.0
     failure: str = ""
     unjudged: dict[str, int] = field(default_factory=dict)
+    counts: Counts | None = None
 
 
 class Verification:
-    """What ``verify=N`` of one migration found so far."""
+    """What ``verify=N`` and ``sites`` of one migration found so far."""
 
-    def __init__(self, calls: int) -> None:
-        """Verify the first ``calls`` redirected calls of each calling line."""
+    def __init__(self, calls: int, sites: bool = False) -> None:
+        """Verify the first ``calls`` redirected calls of each calling line.
+
+        Args:
+            calls: how many.
+            sites: whether all calls are counted by line.
+        """
         self.calls = calls
+        self.sites = sites
         self._places: dict[tuple[str, object, int], Place] = {}
 
     def place(self, patch: str, frame: FrameType) -> Place:
@@ -70,8 +85,16 @@ class Verification:
         known = self._places.get(key)
         if known is None:
             where = f"{frame.f_code.co_filename}:{frame.f_lineno}"
-            known = self._places.setdefault(key, Place(where, self.calls))
+            counts = Counts() if self.sites else None
+            known = self._places.setdefault(key, Place(where, self.calls, counts=counts))
         return known
+
+    def forget_counts(self) -> None:
+        """Count from zero."""
+        for place in list(self._places.values()):
+            place.verified, place.unjudged = 0, {}
+            if place.counts is not None:
+                place.counts.forget()
 
     def places(self, patch: str) -> list[Place]:
         """The calling lines of one patch that were looked at."""
@@ -170,8 +193,9 @@ def watch(
     verification_now: Callable[[], Verification | None],
     name: str,
     reference: Callable[..., Any] | None = None,
+    comparable: bool = True,
 ) -> Callable[..., Any]:
-    """``replacement``, verified.
+    """``replacement``, verified and counted by line.
 
     Args:
         replacement: the function that redirects or calls ``original``; its ``Site`` must be
@@ -182,6 +206,7 @@ def watch(
         reference: called with the arguments, returns the float64 result and, with it, a function
             that picks the same part from a result of the call; ``None``: the original is called
             with float64 arguments on the CPU.
+        comparable: whether calls can be verified at all.
     """
     import torch
 
@@ -197,17 +222,21 @@ def watch(
         if verification is None:
             return replacement(*args, **kwargs)
         place = verification.place(name, _caller())
-        if place.left <= 0 and not place.failure:
+        judging = comparable and place.left > 0
+        if not judging and not place.failure and place.counts is None:
             return replacement(*args, **kwargs)
-        taken: dict[str, bool] = vars(_busy).setdefault("taken", {})
-        taken[name] = False
+        outcomes: dict[str, str | None] = vars(_busy).setdefault("outcomes", {})
+        outcomes[name] = _UNDECIDED
         outer = getattr(_busy, "blocked", "")
         _busy.blocked = name if place.failure else outer
         try:
             ours = replacement(*args, **kwargs)
         finally:
             _busy.blocked = outer
-        if not taken[name]:
+        outcome = outcomes[name]
+        if place.counts is not None and outcome != _UNDECIDED:
+            place.counts.redirected() if outcome is None else place.counts.fell_back(outcome)
+        if outcome is not None or not judging:
             return ours
         place.left -= 1
         _busy.verifying = True
@@ -222,10 +251,10 @@ def watch(
 
 
 def note(name: str, reason: str | None) -> str | None:
-    """Note whether the current call of a patch is taken; refuse it where its line failed before."""
+    """Note what becomes of the current call of a patch; refuse it where its line failed before."""
     if reason is None and getattr(_busy, "blocked", "") == name:
         reason = FAILED
-    vars(_busy).setdefault("taken", {})[name] = reason is None
+    vars(_busy).setdefault("outcomes", {})[name] = reason
     return reason
 
 
@@ -262,7 +291,12 @@ def _compare(
         reason = f"no float64 reference: {type(error).__name__}"
         place.unjudged[reason] = place.unjudged.get(reason, 0) + 1
         truth, pick = None, _whole
-    verdict = judge(pick(ours), pick(theirs), truth)
+    try:
+        verdict = judge(pick(ours), pick(theirs), truth)
+    except Exception as error:  # noqa: BLE001 - a fault of the judge is none of the result
+        reason = f"could not be judged: {type(error).__name__}"
+        place.unjudged[reason] = place.unjudged.get(reason, 0) + 1
+        return ours
     if verdict.passed:
         place.verified += 1
         place.error = max(place.error, verdict.error)

@@ -1,6 +1,8 @@
 """The report at the end: once, on stderr, whatever the script did."""
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import time
@@ -284,3 +286,45 @@ class TestTroubleOfOurs:
         done = runner.launch("-c", child)
         assert done.out == "ran\n"
         assert "MINDIESD_NUMERICS: received 'wild'; allowed: faithful or fast" in done.err
+
+
+# What the terminal, or what is no terminal, gets.
+
+
+def test_colours_on_a_terminal_and_only_there(runner):
+    runner.fake_torch()
+    command = [*runner.launcher, "--report", "-c", "import torch"]
+
+    def on_a_terminal(**env):
+        read, write = pty.openpty()
+        process = subprocess.Popen(
+            command,
+            stderr=write,
+            stdout=subprocess.DEVNULL,
+            cwd=runner.folder,
+            env={**runner.env, "TERM": "xterm", **env},
+        )
+        os.close(write)
+        seen = b""
+        while True:
+            try:
+                part = os.read(read, 4096)
+            except OSError:
+                break
+            if not part:
+                break
+            seen += part
+        os.close(read)
+        assert process.wait() == 0
+        return seen.decode()
+
+    assert "\x1b[" in on_a_terminal()
+    assert "\x1b[" not in on_a_terminal(NO_COLOR="1")
+    assert "\x1b[" not in runner.launch("--report", "-c", "import torch", TERM="xterm").err
+
+
+def test_signs_that_stderr_has_no_code_for(runner):
+    runner.fake_torch()
+    done = runner.launch("--report", "-c", "import torch", PYTHONIOENCODING="ascii:strict")
+    assert (done.code, done.err.isascii()) == (0, True)
+    assert "0 patches" in done.err and "\\u" not in done.err

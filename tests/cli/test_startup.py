@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mindiesd.bootstrap import _mindiesd_start
+from mindiesd.bootstrap.path import _mindiesd_start
 from mindiesd.patches.registry import records
 
 

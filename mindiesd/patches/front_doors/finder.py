@@ -49,7 +49,7 @@ LIBRARIES = frozenset(
 _MESSENGERS = (
     "wrapt",
     "_mindiesd_start",
-    "mindiesd.bootstrap._mindiesd_start",
+    "mindiesd.bootstrap.path._mindiesd_start",
     "mindiesd.patches.hooks",
 )
 # Dynamo runs the import statements of the code it traces.

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from mindiesd.patches import verify
+from mindiesd.patches import faults, verify
 from mindiesd.patches.rewriting import flow, pattern, runs
 from mindiesd.patches.rewriting.rules import Expression, Nested, Statements, Whole
 from mindiesd.patches.rewriting.source import Source, SourceUnknown, read
@@ -109,7 +109,7 @@ def _decorated(
 
 
 def _built(kind: Kind, original: types.FunctionType, site: Site) -> Any:
-    return _resolved(kind.build)(original, site)
+    return faults.guard(_resolved(kind.build)(original, site), original, site)
 
 
 def _resolved(path: str) -> Any:

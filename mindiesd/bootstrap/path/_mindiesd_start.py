@@ -90,6 +90,11 @@ class Process:
         except (OSError, ValueError):
             return
 
+    def _is_on(self, name: str) -> bool:
+        """Whether an option is on, for what comes before or after its value is checked."""
+        text = self.variables.get(f"MINDIESD_{name}", "")
+        return text.lower() in ("1", "true", "yes", "on")
+
     def attach(self) -> None:
         """Set the patches up. Whatever goes wrong is one line; the program runs on."""
         try:
@@ -101,16 +106,11 @@ class Process:
     def trouble(self, what: str, error: Exception) -> None:
         """Say what went wrong with us; with --strict, end the program."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())
-        if self.variables.get("MINDIESD_STRICT", "0") == "0":
+        if not self._is_on("STRICT"):
             self.say(f"mindiesd: {what}, the script runs on without them: {reason}")
             return
         self.say(f"mindiesd: {what}: {reason}")
-        for stream in (sys.stdout, sys.stderr):
-            try:
-                stream.flush()
-            except (OSError, ValueError, AttributeError):
-                continue
-        os._exit(1)
+        _exit(1)
 
     def forked(self) -> None:
         """In a fork: this process has made no calls of its own yet, and ends by itself."""
@@ -138,17 +138,20 @@ class Process:
                 if self.attached is not None:
                     self.attached.hand_in()
             elif self.attached is None and self._nothing_to_tell():
-                if self.variables.get("MINDIESD_QUIET", "0") == "0" and not self.failed:
+                if not self._is_on("QUIET") and not self.failed:
                     self.say("mindiesd: torch was never imported, nothing to patch")
             else:
                 sys.path[:] = self.path
-                _part("attach").close(self)
+                code = _part("attach").close(self)
+                if code is not None:
+                    # The functions that the program registered have run: ours was the first.
+                    _exit(code)
         except Exception as error:  # noqa: BLE001 - the program's exit code stands
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             self.say(f"mindiesd: the report could not be made: {reason}")
 
     def _nothing_to_tell(self) -> bool:
-        to_file = self.variables.get("MINDIESD_REPORT", "0") not in ("0", "1")
+        to_file = self.variables.get("MINDIESD_REPORT", "").endswith(".json")
         return not to_file and not os.path.isdir(self.session)
 
 
@@ -180,6 +183,16 @@ class Watch:
         return None
 
 
+def _exit(code: int) -> None:
+    """End the process here, with what it has written so far written."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError, AttributeError):
+            continue
+    os._exit(code)
+
+
 def _private_name() -> str:
     """A directory that nobody else can have guessed; it is created when there is need."""
     asked = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
@@ -194,7 +207,7 @@ def _part(name: str) -> ModuleType:
     import importlib.util
 
     if "mindiesd" not in sys.modules:
-        root = os.path.dirname(os.path.dirname(__file__))
+        root = os.path.dirname(os.path.dirname(os.path.dirname(__file__)))
         spec = importlib.util.spec_from_file_location(
             "mindiesd", os.path.join(root, "__init__.py"), submodule_search_locations=[root]
         )

@@ -1,0 +1,3 @@
+from tests.cli.conftest import runner
+
+__all__ = ["runner"]
