@@ -8,7 +8,8 @@ one call of a fused kernel. Weights that are made and thrown away are not made:
 ``nn.MultiheadAttention`` is told that they are not needed where only its first result is taken.
 
 ``IPAdapterTimeImageProjectionBlock`` has modulated norms as well and is among the targets of
-:mod:`mindiesd.patches.ada_norm`. What is not redirected, and why, is in :data:`LEFT`.
+:mod:`mindiesd.patches.ada_norm`. What is not redirected, and why, is in :data:`LEFT`; besides
+that, what ``attn_implementation="eager"`` asks for in transformers.
 """
 
 from __future__ import annotations
@@ -116,52 +117,65 @@ _ENCODERS = (
 
 _PROBABILITIES = "the probabilities themselves are wanted: the pipeline keeps or edits them"
 _FLEX = "flex attention: a mask of blocks, which no fused kernel of the device takes"
-LEFT = (
-    Left("diffusers.pipelines.ledits_pp.LEDITSCrossAttnProcessor", _PROBABILITIES),
-    Left(
-        "diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite.AttendExciteAttnProcessor",
-        _PROBABILITIES,
-    ),
-    Left(
-        "diffusers.pipelines.deprecated.stable_diffusion_sag.CrossAttnStoreProcessor",
-        _PROBABILITIES,
-    ),
-    Left(
-        "diffusers.pipelines.deprecated.stable_diffusion_variants.Pix2PixZeroAttnProcessor",
-        _PROBABILITIES,
-    ),
-    Left(
-        "diffusers.pipelines.deprecated.text_to_video_synthesis.CrossFrameAttnProcessor",
-        "used only where PyTorch has no scaled_dot_product_attention",
-    ),
-    Left(
-        "diffusers.pipelines.kolors.text_encoder.CoreAttention",
-        "composes attention under PyTorch 1 only",
-    ),
-    Left(
-        "diffusers.pipelines.latent_diffusion.LDMBertAttention",
-        "scales heads between the softmax and the values, and hands the probabilities out",
-    ),
-    Left("diffusers.models.transformers.transformer_anyflow_far", _FLEX),
-    Left("diffusers.models.transformers.transformer_kandinsky6_sr", _FLEX),
-    Left("diffusers.models.autoencoders.LTX2VideoDiffusionDecoderModel", _FLEX),
-    Left(
-        "diffusers.models.transformers.transformer_kandinsky.nablaT_v2",
-        "the softmax of block means chooses the blocks of flex attention",
-    ),
-    Left(
-        "transformers.models.gemma2",
-        "caps the scores between product and softmax (attn_logit_softcapping), which no fused "
-        "kernel does",
-    ),
-    Left(
-        "transformers.eager_attention_forward",
-        'what attn_implementation="eager" asks for, and what has the weights to hand out',
-    ),
-    Left(
-        "transformers.models.clap.modeling_clap.ClapAudioSelfAttention",
-        "the audio half, which no pipeline calls; hands the probabilities out",
-    ),
+_OLD = "used only where PyTorch has no scaled_dot_product_attention"
+LEFT = tuple(
+    Left(target, reason)
+    for targets, reason in (
+        (
+            (
+                "diffusers.pipelines.ledits_pp.pipeline_leditspp_stable_diffusion."
+                "LEDITSCrossAttnProcessor",
+                "diffusers.pipelines.ledits_pp.pipeline_leditspp_stable_diffusion_xl."
+                "LEDITSCrossAttnProcessor",
+                "diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite."
+                "pipeline_stable_diffusion_attend_and_excite.AttendExciteAttnProcessor",
+                "diffusers.pipelines.deprecated.stable_diffusion_sag."
+                "pipeline_stable_diffusion_sag.CrossAttnStoreProcessor",
+                "diffusers.pipelines.deprecated.stable_diffusion_variants."
+                "pipeline_stable_diffusion_pix2pix_zero.Pix2PixZeroAttnProcessor",
+            ),
+            _PROBABILITIES,
+        ),
+        (
+            (
+                "diffusers.pipelines.deprecated.text_to_video_synthesis."
+                "pipeline_text_to_video_zero.CrossFrameAttnProcessor",
+                "diffusers.pipelines.deprecated.text_to_video_synthesis."
+                "pipeline_text_to_video_zero_sdxl.CrossFrameAttnProcessor",
+                "diffusers.pipelines.kolors.text_encoder.CoreAttention",
+            ),
+            _OLD,
+        ),
+        (
+            ("diffusers.pipelines.latent_diffusion.pipeline_latent_diffusion.LDMBertAttention",),
+            "scales heads between the softmax and the values, and hands the probabilities out",
+        ),
+        (
+            (
+                "diffusers.models.transformers.transformer_anyflow_far.AnyFlowCausalAttnProcessor",
+                "diffusers.models.transformers.transformer_kandinsky6_sr.Kandinsky6SRAttnProcessor",
+                "diffusers.models.autoencoders.ltx2_diffusion_decoder."
+                "LTX2VideoVaeNeighborhoodAttnProcessor",
+            ),
+            _FLEX,
+        ),
+        (
+            (
+                "diffusers.models.transformers.transformer_kandinsky.nablaT_v2",
+                "diffusers.models.transformers.transformer_kandinsky6_sr.nabla_block_mask",
+            ),
+            "the softmax of block means chooses the blocks of flex attention",
+        ),
+        (
+            ("transformers.models.gemma2.modeling_gemma2.eager_attention_forward",),
+            "caps the scores (attn_logit_softcapping), which no fused kernel does",
+        ),
+        (
+            ("transformers.models.clap.modeling_clap.ClapAudioSelfAttention",),
+            "the audio half, which scores finished audio; hands the probabilities out",
+        ),
+    )
+    for target in targets
 )
 
 
@@ -285,27 +299,24 @@ def _as_image(out: Tensor, _: Any, __: Any, value: Tensor) -> Tensor:
 # Replacements.
 
 
-def _unfit() -> Callable[..., str | None]:
-    """Why tensors may not go into a kernel, whatever their shapes; None if they may."""
+def _unfit() -> Callable[[Any, Any, Any], str | None]:
+    """Why three tensors may not go into a kernel, whatever their shapes; None if they may."""
     from torch import Tensor
-    from torch.overrides import has_torch_function
+    from torch.overrides import has_torch_function_variadic
 
     grad_enabled, jit_tracing, autocast = law.context()
 
-    def unfit(*tensors: Any) -> str | None:
+    def unfit(x: Any, y: Any, z: Any) -> str | None:
         if jit_tracing() is not None:
             return law.JIT_TRACE
-        for tensor in tensors:
-            if not isinstance(tensor, Tensor):
-                return law.NOT_A_TENSOR
-        if has_torch_function(tensors):
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(z, Tensor)):
+            return law.NOT_A_TENSOR
+        if has_torch_function_variadic(x, y, z):
             return law.UNUSUAL_ARGUMENT
         if autocast():
             return law.AUTOCAST
-        if grad_enabled():
-            for tensor in tensors:
-                if tensor.requires_grad:
-                    return law.GRADIENTS
+        if grad_enabled() and (x.requires_grad or y.requires_grad or z.requires_grad):
+            return law.GRADIENTS
         return None
 
     return unfit
@@ -317,19 +328,16 @@ def _fused(original: Any, site: Site, read: Read, back: Turn) -> Callable[..., A
 
     unfit = _unfit()
 
-    def refusal(call: Call) -> str | None:
-        if call.mask is not None:
-            reason = unfit(call.mask)
-            if reason is not None:
-                return reason
-        return attention.refusal(call.query, call.key, call.value, call.mask)
+    def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+        reason = None if mask is None else unfit(query, key, mask)
+        return attention.refusal(query, key, value, mask) if reason is None else reason
 
     def fused(query: Any, key: Any, value: Any, *more: Any) -> Any:
         found: Call | str | None = unfit(query, key, value)
         if found is None:
             found = read(query, key, value, *more)
         if isinstance(found, Call):
-            if site.takes(refusal(found)):
+            if site.takes(refusal(*found[:4])):
                 return back(attention.attend(*found), query, key, value)
         else:
             site.takes(found)
@@ -405,7 +413,7 @@ def build_pooled(original: Any, site: Site) -> Callable[..., Any]:
         if grad_enabled() and any(weight.requires_grad for weight in attention.parameters()):
             return law.GRADIENTS
         if mask is None:
-            return unfit(probe, states)
+            return unfit(probe, states, states)
         return unfit(probe, states, mask) or (None if mask.dtype is probe.dtype else MASK_DTYPE)
 
     def pooled(attention: Any, probe: Any, states: Any, mask: Any = None) -> Any:
