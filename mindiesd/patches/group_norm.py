@@ -57,7 +57,6 @@ QUOTIENT = Expression(
 # Module of diffusers.models, function, and how many it has of: norms with an activation (s), scaled
 # sums (d), quotients (f), modulations (m), projections of a SiLU (z).
 _TABLE = """
-attention_processor AttnProcessor.__call__ f1
 attention_processor AttnProcessor2_0.__call__ f1
 attention_processor AllegroAttnProcessor2_0.__call__ f1
 attention_processor FusedAttnProcessor2_0.__call__ f1

@@ -7,6 +7,8 @@ import sys
 
 import torch
 
+from mindiesd.patches import faults
+
 SEEN: list = []
 
 
@@ -24,7 +26,10 @@ def build_locating(original, site):
     """A replacement that notes the line that calls it."""
 
     def locating(*operands):
-        SEEN.append(sys._getframe(1).f_lineno)
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename == faults.__file__:
+            frame = frame.f_back
+        SEEN.append(frame.f_lineno)
         return original(*operands)
 
     return locating
