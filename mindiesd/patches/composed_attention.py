@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from mindiesd.patches import group_norm, law
+from mindiesd.patches import law
 from mindiesd.patches.registry import Left
 from mindiesd.patches.rewriting.records import builder, records
 from mindiesd.patches.rewriting.rules import Expression, Rewrite, Statements
@@ -110,8 +110,6 @@ _TABLE: tuple[tuple[str, str, Statements | Expression, int], ...] = (
     ("attention_processor", "SlicedAttnAddedKVProcessor.__call__", SCORED, 1),
     ("attention_processor", "IPAdapterAttnProcessor.__call__", SCORED, 3),
 )
-# What else is redirected in these functions: each is rewritten once.
-_MORE = {"AttnProcessor.__call__": {group_norm.QUOTIENT: 1}}
 _ENCODERS = (
     ("siglip", "SiglipMultiheadAttentionPoolingHead.forward", POOLED),
     ("siglip2", "Siglip2MultiheadAttentionPoolingHead.forward", POOLED_MASKED),
@@ -179,11 +177,7 @@ LEFT = tuple(
 
 def _rules() -> Iterator[Rewrite]:
     for module, qualname, kind, count in _TABLE:
-        yield Rewrite(
-            module=f"diffusers.models.{module}",
-            qualname=qualname,
-            counts={kind: count, **_MORE.get(qualname, {})},
-        )
+        yield Rewrite(module=f"diffusers.models.{module}", qualname=qualname, counts={kind: count})
     for model, qualname, kind in _ENCODERS:
         yield Rewrite(
             module=f"transformers.models.{model}.modeling_{model}",
