@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import threading
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -178,6 +179,145 @@ def test_timestep_embedding_is_bitwise_equal() -> None:
 
     compare()
     assert migration.report().redirected == sum(even) > 0
+
+
+# Rotary tables, and embeddings of positions.
+
+
+def assert_same(*calls) -> None:
+    """Each call gives the same bits unpatched and, twice, patched."""
+    plain = [call() for call in calls]
+    migration = mindiesd.patch_all(only="tables")
+    for call, expected in zip(calls * 2, plain * 2, strict=True):
+        got = call()
+        ours, theirs = (one if isinstance(one, tuple) else (one,) for one in (got, expected))
+        for mine, original in zip(ours, theirs, strict=True):
+            assert mine.dtype is original.dtype
+            assert torch.equal(mine, original)
+    assert migration.report().redirected >= len(calls) * 2
+    mindiesd.unpatch_all()
+
+
+def embedding(name: str, *given, **named):
+    """A function of diffusers, looked up when it is called."""
+    from diffusers.models import embeddings
+
+    return getattr(embeddings, name)(*given, **named)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rotary_tables_are_bitwise_equal(dtype) -> None:
+    positions = torch.tensor([0.0, 1.0, 3.0, 100.5, 4096.0])
+    forms = ({"use_real": True}, {"use_real": True, "repeat_interleave_real": False}, {})
+    thetas = (10000, 10000.0, 256)
+    assert_same(
+        *(
+            partial(
+                embedding,
+                "get_1d_rotary_pos_embed",
+                dim,
+                where,
+                theta=theta,
+                linear_factor=factor,
+                freqs_dtype=dtype,
+                **form,
+            )
+            for form in forms
+            for theta in thetas
+            for dim, factor in ((8, 1.0), (8, 1.5), (4, 1.5))
+            for where in (positions, 7)
+        )
+    )
+
+
+def test_embeddings_of_positions_are_bitwise_equal() -> None:
+    device = torch.device("cpu")
+    sizes = ((32, (3, 5), 2), (32, (5, 3), 2), (32, 4, 3))
+    assert_same(
+        *(partial(embedding, "get_3d_sincos_pos_embed", *size, device=device) for size in sizes)
+    )
+    # Where no device is named, it depends on more than the numbers.
+    migration = mindiesd.patch_all(only="embeddings.get_3d_sincos_pos_embed")
+    embedding("get_3d_sincos_pos_embed", 32, 4, 3)
+    assert migration.report().fell_back and not migration.report().redirected
+
+
+def test_tables_of_a_shape_and_numbers() -> None:
+    from diffusers.models.transformers.transformer_cosmos import CosmosRotaryPosEmbed
+    from diffusers.models.transformers.transformer_ltx import LTXVideoRotaryPosEmbed
+
+    cosmos, ltx = CosmosRotaryPosEmbed(24), LTXVideoRotaryPosEmbed(24)
+    calls: list = []
+    for frames in (2, 3):
+        x, tokens = torch.randn(1, 4, frames, 8, 6), torch.randn(2, frames * 12, 24)
+        calls += [partial(cosmos, x, fps=fps) for fps in (None, 8, 8.0, 24)]
+        calls += [partial(cosmos, hidden_states=x, fps=24)]
+        scales = (None, (0.5, 32, 32), (0.25, 32, 32))
+        calls += [partial(ltx, tokens, frames, 4, 3, scale) for scale in scales]
+    assert_same(*calls)
+    migration = mindiesd.patch_all(only="ltx.LTXVideoRotaryPosEmbed")
+    factor = torch.tensor(0.5)
+    kept = ltx(tokens, 3, 4, 3, (factor, 32, 32))
+    factor.mul_(3)
+    assert not torch.equal(ltx(tokens, 3, 4, 3, (factor, 32, 32))[0], kept[0])
+    assert not migration.report().redirected and migration.report().fell_back
+
+
+# Scales that are parts of one projection.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_is_added_to_all_scales_at_once(dtype) -> None:
+    from mindiesd.patches import modulation
+
+    whole = torch.randn(2, 6 * 8).to(dtype)
+    parts = whole.chunk(6, dim=1)
+    first = modulation.one_more(parts[1].unsqueeze(1))
+    assert torch.equal(first, 1 + parts[1].unsqueeze(1))
+    second = modulation.one_more(parts[4][:, None])
+    assert torch.equal(second, 1 + parts[4][:, None])
+    assert second.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+    whole[0, 8] = 100.0
+    assert torch.equal(modulation.one_more(parts[1]), 1 + parts[1])
+    parts[4].add_(1)
+    assert torch.equal(modulation.one_more(parts[4]), 1 + parts[4])
+
+
+def test_scales_of_their_own_are_left() -> None:
+    from mindiesd.patches import modulation
+
+    assert modulation.one_more(torch.randn(2, 8)) is None
+    assert modulation.one_more(torch.randn(2, 16).chunk(2, dim=1)[0]) is None
+    turned = torch.empty_strided((2, 48), (1, 2)).normal_()
+    assert modulation.one_more(turned.chunk(6, dim=1)[0]) is None
+    assert modulation.one_more(torch.randn(6, 1 << 20).chunk(6)[0]) is None
+    learned = torch.randn(2, 48, requires_grad=True)
+    with torch.no_grad():
+        assert modulation.one_more(learned.chunk(6, dim=1)[0]) is None
+    with torch.inference_mode():
+        assert modulation.one_more(torch.randn(2, 48).chunk(6, dim=1)[0]) is None
+
+
+def test_the_most_recent_is_per_thread_and_kept_by_the_table() -> None:
+    twice_of = Doubled()
+    recent, x = memory.Recent("test", twice_of), torch.arange(3.0)
+    first = recent(x)
+    assert recent(x) is first and twice_of.calls == 1
+    x.add_(1)
+    assert torch.equal(recent(x), x * 2) and twice_of.calls == 2
+    recent(x).zero_()
+    assert torch.equal(recent(x), x * 2) and twice_of.calls == 3
+    found = []
+    thread = threading.Thread(target=lambda: found.append(recent(x)))
+    thread.start()
+    thread.join()
+    assert found[0] is recent(x) and twice_of.calls == 3
+    memory.MEMORY.clear()
+    del first
+    found.clear()
+    gc.collect()
+    recent(x)
+    assert twice_of.calls == 4
 
 
 # Models.
