@@ -11,13 +11,13 @@ what they become.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from mindiesd.patches import composed_attention, conditioning, law, modulation
 from mindiesd.patches.registry import Left
-from mindiesd.patches.rewriting.records import builder, records
-from mindiesd.patches.rewriting.rules import Expression, Rewrite, Statements
+from mindiesd.patches.rewriting.records import builder, records, rows
+from mindiesd.patches.rewriting.rules import Expression, Statements
 from mindiesd.patches.scope import Site
 
 PER_SAMPLE = "more than one scale: the product is one kernel as it is"
@@ -160,24 +160,8 @@ LEFT = tuple(
 )
 
 
-def _rules() -> Iterator[Rewrite]:
-    for line in _TABLE.split("\n"):
-        if line:
-            module, name, *counts = line.split()
-            yield Rewrite(
-                module=module if "." in module else f"diffusers.models.transformers.{module}",
-                qualname=f"{name}.forward",
-                counts={
-                    kind: int(count[1:])
-                    for letter, kind in _KINDS.items()
-                    for count in counts
-                    if count[0] == letter
-                },
-            )
-
-
 RECORDS, _BY_NAME = records(
-    _rules(),
+    rows(_TABLE, _KINDS, modulation.home, ".forward"),
     family="ada_norm",
     becomes="mindiesd.layernorm_scale_shift",
     why="two kernels instead of four (norm, 1 + scale, mul, add), or three for several samples",

@@ -14,13 +14,13 @@ Which norm and which activation a block has is known when it runs: anything but 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from mindiesd.patches import conditioning, modulation
 from mindiesd.patches.registry import Left
-from mindiesd.patches.rewriting.records import builder, records
-from mindiesd.patches.rewriting.rules import Expression, Rewrite
+from mindiesd.patches.rewriting.records import builder, records, rows
+from mindiesd.patches.rewriting.rules import Expression
 from mindiesd.patches.scope import Site
 
 OTHER_NORM = "not nn.GroupNorm, or with hooks"
@@ -117,24 +117,8 @@ LEFT = (
 )
 
 
-def _rules() -> Iterator[Rewrite]:
-    for line in _TABLE.split("\n"):
-        if line:
-            module, qualname, *counts = line.split()
-            yield Rewrite(
-                module=f"diffusers.models.{module}",
-                qualname=qualname,
-                counts={
-                    kind: int(count[1:])
-                    for letter, kind in _KINDS.items()
-                    for count in counts
-                    if count[0] == letter
-                },
-            )
-
-
 RECORDS, _BY_NAME = records(
-    _rules(),
+    rows(_TABLE, _KINDS, "diffusers.models.{}".format),
     family="group_norm",
     becomes="mindiesd.ops.norm.group_norm_silu",
     why="one kernel instead of two for a group norm and SiLU; no division by 1",

@@ -12,12 +12,12 @@ in only one branch of a condition.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law
-from mindiesd.patches.rewriting.records import builder, records
-from mindiesd.patches.rewriting.rules import Expression, Rewrite
+from mindiesd.patches.rewriting.records import builder, records, rows
+from mindiesd.patches.rewriting.rules import Expression
 from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
@@ -222,7 +222,8 @@ unets.uvit_2d ConvNextBlock.forward m1
 _KINDS = {"c": CAST_NORM_MODULATE, "n": NORM_MODULATE, "m": MODULATE, "g": GATE}
 
 
-def _home(module: str) -> str:
+def home(module: str) -> str:
+    """The dotted name of a module; transformers are named by their last part."""
     if module.startswith("diffusers."):
         return module
     return (
@@ -230,24 +231,8 @@ def _home(module: str) -> str:
     )
 
 
-def _rules() -> Iterator[Rewrite]:
-    for line in _TABLE.split("\n"):
-        if line:
-            module, qualname, *counts = line.split()
-            yield Rewrite(
-                module=_home(module),
-                qualname=qualname,
-                counts={
-                    kind: int(count[1:])
-                    for letter, kind in _KINDS.items()
-                    for count in counts
-                    if count[0] == letter
-                },
-            )
-
-
 RECORDS, _BY_NAME = records(
-    _rules(),
+    rows(_TABLE, _KINDS, home),
     family="modulation",
     becomes=lambda rule: (
         "mindiesd.layernorm_scale_shift"

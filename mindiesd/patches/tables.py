@@ -15,11 +15,11 @@ from typing import Any
 
 from mindiesd.patches import law
 from mindiesd.patches.rewriting.records import builder, records
-from mindiesd.patches.rewriting.rules import Expression, Nested, Rewrite, Statements, Whole
+from mindiesd.patches.rewriting.rules import Expression, Kind, Rewrite, Whole
 from mindiesd.patches.scope import Site
 
 _HERE = "mindiesd.patches.tables"
-Kinds = dict[Expression | Statements | Nested | Whole, int]
+Kinds = dict[Kind, int]
 
 INFERENCE = "inference tensors, whose changes are not counted"
 STATE = "module with parameters, or settings that are not numbers"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from mindiesd.patches.registry import INSIDE, Patch
-from mindiesd.patches.rewriting.rules import Rewrite
+from mindiesd.patches.rewriting.rules import Kind, Rewrite
 from mindiesd.patches.scope import Site
 
 # Sources are compared, so a version that was not tested is no risk; it is a record skipped with a
@@ -21,6 +21,27 @@ def name_of(rule: Rewrite) -> str:
     stem = rule.module.rpartition(".")[2].removeprefix("transformer_").removeprefix("modeling_")
     stem = re.sub(r"_transformer(_[0-9]d)?$", "", stem)
     return f"{stem}.{rule.qualname.removesuffix('.forward').removesuffix('.__call__')}"
+
+
+def rows(
+    table: str, kinds: Mapping[str, Kind], home: Callable[[str], str], method: str = ""
+) -> Iterator[Rewrite]:
+    """The rules of a table whose lines are a module, a function, and counts such as ``n2``.
+
+    Args:
+        table: the lines; empty ones are none.
+        kinds: what the letters of the counts mean, in the order in which they are looked for.
+        home: the dotted name of a module as the table has it.
+        method: what follows each function's name.
+    """
+    for line in filter(None, table.splitlines()):
+        module, qualname, *counts = line.split()
+        by_letter = {count[0]: int(count[1:]) for count in counts}
+        yield Rewrite(
+            module=home(module),
+            qualname=qualname + method,
+            counts={kind: by_letter[key] for key, kind in kinds.items() if key in by_letter},
+        )
 
 
 def _versions(rule: Rewrite) -> MappingProxyType[str, str]:

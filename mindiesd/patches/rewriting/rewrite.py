@@ -12,13 +12,12 @@ from typing import Any
 
 from mindiesd.patches import faults, verify
 from mindiesd.patches.rewriting import flow, pattern, runs
-from mindiesd.patches.rewriting.rules import Expression, Nested, Statements, Whole
+from mindiesd.patches.rewriting.rules import Expression, Kind, Nested, Statements, Whole
 from mindiesd.patches.rewriting.source import Source, SourceUnknown, read
 from mindiesd.patches.scope import Site
 
 # One underscore: two would be mangled inside a class.
 _NAME = "_mindiesd_{}"
-Kind = Expression | Statements | Nested | Whole
 
 
 def rewrite(

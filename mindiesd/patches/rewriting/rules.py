@@ -95,6 +95,10 @@ class Whole:
     build: str
 
 
+Kind = Expression | Statements | Nested | Whole
+"""What is redirected in a function."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Rewrite:
     """One function and what is redirected inside it.
@@ -108,6 +112,4 @@ class Rewrite:
 
     module: str
     qualname: str
-    counts: Mapping[Expression | Statements | Nested | Whole, int] = field(
-        default_factory=lambda: MappingProxyType({})
-    )
+    counts: Mapping[Kind, int] = field(default_factory=lambda: MappingProxyType({}))

@@ -264,7 +264,6 @@ def group_norm_silu(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: f
         groups: of channels.
         eps: added to the variance.
     """
-    # As torch_npu's own group norm does, and for a launch of its own: what is in another order is
-    # made dense before.
-    out: Tensor = torch.ops.npu.npu_group_norm_silu(x, weight, bias, groups, eps)[0]
+    # What is in another order is made dense by a launch of its own, not by the kernel's library.
+    out: Tensor = torch.ops.npu.npu_group_norm_silu(x.contiguous(), weight, bias, groups, eps)[0]
     return out
