@@ -68,7 +68,9 @@ def guard(
     )
     made.__kwdefaults__ = replacement.__kwdefaults__
     functools.update_wrapper(made, replacement)
-    vars(made)["__signature__"] = inspect.signature(replacement)
+    if not isinstance(original, FunctionType):
+        # A builtin has none that could be followed, see law.dress.
+        vars(made)["__signature__"] = inspect.signature(replacement)
     return made
 
 
@@ -174,10 +176,11 @@ class Faults:
         taken = site.would_take(self._replacement, args, kwargs)
         if taken is False:
             return None  # the original raised it
-        return Fault(f"{RAISED} {_first_line(error)}", bool(taken))
+        refusal = error if isinstance(error, ParametersInvalid) else None
+        return Fault(f"{RAISED} {_first_line(error)}", bool(taken), refusal)
 
     def call_original(self, fault: Fault, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The original's result; what it raises is raised."""
+        """The original's result; what it raises is raised, unless ours had said what is wrong."""
         import torch
 
         site = self._site
@@ -185,6 +188,8 @@ class Faults:
             result = self._original(*args, **kwargs)
         except Exception:
             site.gave_up(BOTH_RAISED, fault.taken)
+            if fault.refusal is not None:
+                raise fault.refusal from None
             raise
         kind = None if torch.compiler.is_compiling() else _kind(args, kwargs)
         if kind is not None and len(self.known) < MOST_KINDS:
@@ -222,14 +227,16 @@ class Fault:
     Attributes:
         reason: what is counted.
         taken: whether the call was counted as redirected before it failed.
+        refusal: the error, if it names an argument that cannot be computed.
     """
 
-    __slots__ = ("reason", "taken")
+    __slots__ = ("reason", "refusal", "taken")
 
-    def __init__(self, reason: str, taken: bool) -> None:
+    def __init__(self, reason: str, taken: bool, refusal: ParametersInvalid | None) -> None:
         """Describe it."""
         self.reason = reason
         self.taken = taken
+        self.refusal = refusal
 
 
 def _codes(function: Any) -> frozenset[CodeType]:

@@ -70,7 +70,7 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
         if moved:
             return original(input, *moved, approximate=approximate)
         if has_torch_function_variadic(input):
-            return handle_torch_function(gelu, (input,), input, approximate=approximate)
+            return handle_torch_function(site.installed, (input,), input, approximate=approximate)
         if site.everywhere or site.in_force():
             reason = refusal(input, approximate)
             if site.takes(reason):

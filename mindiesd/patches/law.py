@@ -72,8 +72,6 @@ def dress(
                 f"takes {inspect.signature(original)}, known is {inspect.signature(replacement)}"
             )
         functools.update_wrapper(replacement, original)
-        # The original's is followed instead, with its annotations.
-        vars(replacement).pop("__signature__", None)
         _share_names(replacement, original)
     else:
         # A builtin has nothing for inspect.signature to follow, so no __wrapped__ either.
