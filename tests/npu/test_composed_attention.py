@@ -46,35 +46,49 @@ def run(module, given):
     return module(*args, **kwargs)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", CASES)
 def test_one_kernel_an_attention(name: str, dtype) -> None:
     case = CASES[name]
     module = build(name, dtype)
-    torch.manual_seed(1)
-    given = case.inputs()
-    rounded = move(given, lambda t: t.to(dtype) if t.is_floating_point() else t)
-    exact = run(copy.deepcopy(module).double(), move(rounded, _double))
-    on_device = copy.deepcopy(module).npu()
-    given = there(given, dtype)
+    exact_module, on_device = copy.deepcopy(module).double(), copy.deepcopy(module).npu()
+    # One picture in half precision says little: where a softmax picks one of two says it all.
+    pictures = 6 if dtype is torch.bfloat16 else 1
+    given, exact = [], []
+    for seed in range(pictures):
+        torch.manual_seed(seed)
+        rounded = move(case.inputs(), lambda t: t.to(dtype) if t.is_floating_point() else t)
+        exact.append(run(exact_module, move(rounded, _double)))
+        given.append(there(rounded, dtype))
     with trace() as before:
-        theirs = run(on_device, given)
+        theirs = [run(on_device, one) for one in given]
     migration = mindiesd.patch_all(only=(case.record, "sdpa"))
-    run(on_device, given)  # what is made of parameters is made once
+    run(on_device, given[0])  # what is made of parameters is made once
     with trace() as after:
-        ours = run(on_device, given)
-    assert launched(before, SOFTMAX) == case.attentions
+        ours = [run(on_device, one) for one in given]
+    attentions = pictures * case.attentions
+    assert launched(before, SOFTMAX) == attentions
     assert launched(after, SOFTMAX) == 0, after
-    assert fused(after) == case.attentions, after
+    assert fused(after) == attentions, after
     # Two launches less; a mask that was not seen before is turned into what the kernel takes.
-    of_masks = MASK * case.attentions if "mask" in str(given[1].keys()) else 0
-    assert after.total <= before.total - 2 * case.attentions + of_masks, (before, after)
+    of_masks = MASK * attentions if "attention_mask" in given[0][1] else 0
+    assert after.total <= before.total - 2 * attentions + of_masks, (before, after)
     (patch,) = [p for p in migration.report().patches if p.name == case.record]
-    assert (patch.redirected, patch.fell_back) == (2 * (case.attentions + case.others), {})
-    assert (ours.dtype, ours.shape, ours.device) == (theirs.dtype, theirs.shape, theirs.device)
-    errors = [(t.cpu().double() - exact).square().mean().sqrt().item() for t in (ours, theirs)]
-    slack = 4 * torch.finfo(torch.float32).eps * max(1.0, exact.abs().max().item())
-    assert errors[0] <= 1.1 * errors[1] + slack, errors
+    calls = (pictures + 1) * (case.attentions + case.others)
+    assert (patch.redirected, patch.fell_back) == (calls, {})
+    for mine, other in zip(ours, theirs, strict=True):
+        assert (mine.dtype, mine.shape, mine.device) == (other.dtype, other.shape, other.device)
+    largest = max(one.abs().max().item() for one in exact)
+    slack = 4 * torch.finfo(torch.float32).eps * max(1.0, largest)
+    assert rms(ours, exact) <= 1.1 * rms(theirs, exact) + slack
+
+
+def rms(results, exact) -> float:
+    pairs = zip(results, exact, strict=True)
+    errors = torch.cat([(one.cpu().double() - right).flatten() for one, right in pairs])
+    return errors.square().mean().sqrt().item()
 
 
 def _double(tensor: torch.Tensor) -> torch.Tensor:
