@@ -347,6 +347,6 @@ CYCLES = """
 """
 
 
-@pytest.mark.parametrize("number", [60, pytest.param(500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("number", [60, pytest.param(200, marks=pytest.mark.slow)])
 def test_cycles_leak_nothing(number: int) -> None:
     run_python(CYCLES.replace("NUMBER", str(number)).replace("\n    ", "\n"))
