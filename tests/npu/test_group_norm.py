@@ -83,7 +83,8 @@ def test_a_sequence(groups, per_group, batch, space, dtype, order) -> None:
         got = plain_layers(device_x)
     mindiesd.unpatch_all()
     assert migration.report().redirected == 1
-    assert counted.launches == {"npu::npu_group_norm_silu": 1}
+    made_dense = {} if device_x.is_contiguous() else {"aten::clone": 1}
+    assert counted.launches == {"npu::npu_group_norm_silu": 1, **made_dense}
     assert (got.dtype, got.shape, got.device) == (plain.dtype, plain.shape, plain.device)
     oracles.assert_as_accurate(got.cpu(), plain.cpu(), reference)
 
