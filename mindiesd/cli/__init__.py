@@ -33,8 +33,7 @@ def _run(arguments: list[str]) -> int:
 
         given, action, arguments = read(arguments)
         if action is not None:
-            action()
-            return 0
+            return action() or 0
     settings = Settings.read(os.environ, given)
     _check(settings, given)
     command = resolve(arguments)
