@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import ast
 import sys
-from importlib import import_module
 from pathlib import Path
 
 import _reasons
@@ -78,7 +77,7 @@ def overview_page() -> str:
         "`only=` and `skip=` (and `--only`, `--skip`) take the names of families and of patches:",
         "",
         "```bash",
-        "mindiesd-run --skip rope,activation --report -c 'import torch'",
+        "mindiesd-run --skip rope,activation -c 'print(\"in place of this, your script\")'",
         "```",
         "",
         "| family | patches | in |",
@@ -111,12 +110,11 @@ def overview_page() -> str:
 
 def _about(family: str) -> str:
     """The first sentence of what the family's module says of itself, as Markdown."""
-    try:
-        home = import_module(f"mindiesd.patches.{family}")
-    except ModuleNotFoundError:
-        home = import_module(f"mindiesd.patches.front_doors.{family}")
-    first = " ".join((home.__doc__ or "").split("\n\n")[0].split())
-    return first.replace("``", "`")
+    patches = ROOT / "mindiesd" / "patches"
+    places = (f"{family}.py", f"{family}/__init__.py", f"front_doors/{family}.py")
+    home = next(patches / place for place in places if (patches / place).exists())
+    text = ast.get_docstring(ast.parse(home.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split()).replace("``", "`")
 
 
 def _reasons_for(patches: list[Patch]) -> list[str]:
@@ -130,10 +128,15 @@ def _reasons_for(patches: list[Patch]) -> list[str]:
 
 
 def _some(targets: list[str]) -> str:
-    """Up to three targets by name."""
-    shown = ", ".join(f"`{target}`" for target in targets[:3])
+    """Up to three targets, those with a class by that."""
+    shown = []
+    for target in targets[:3]:
+        parts = target.split(".")
+        short = parts[-2:] if parts[-2][:1].isupper() else parts[-1:]
+        plain = len(short) == 1 and not short[0][:1].isupper()
+        shown.append(f"`{target if plain else '.'.join(short)}`")
     more = len(targets) - 3
-    return f"{shown} and {more} more" if more > 0 else shown
+    return ", ".join(dict.fromkeys(shown)) + (f" and {more} more" if more > 0 else "")
 
 
 def specification_page() -> str:

@@ -298,7 +298,7 @@ COUNTED = (
             ),
             Reason(
                 "dtype that the group norm kernel does not take",
-                "float64, or bfloat16 on the 310P",
+                "The input is float64, or bfloat16 on a 310P",
                 "Use float16 or float32",
             ),
             Reason(
@@ -369,7 +369,7 @@ COUNTED = (
             ),
             Reason(
                 "tables are not of this input's shape",
-                "cos and sin do not broadcast to the input in the known way",
+                "The tables do not broadcast to the input in the known way",
                 "Look at the call: the original broadcasts or raises",
             ),
             Reason(
@@ -530,6 +530,11 @@ SKIPPED = (
     Group(
         "Versions and packages",
         (
+            Reason(
+                "… has not been imported",
+                "The patch is `pending`, not skipped: it acts as soon as the module is imported",
+                "Nothing",
+            ),
             Reason(
                 "… is not installed",
                 "The library that the patch belongs to is absent",

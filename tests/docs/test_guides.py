@@ -44,10 +44,9 @@ def name(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-def play(path: Path, folder: Path) -> str:
+def play(page: Page, folder: Path) -> str:
     """Run a page in a folder, as a reader would; what it printed."""
-    page = read(path)
-    home = ROOT
+    path, home = page.path, ROOT
     if page.in_clone:
         home = folder
         for part in ("mindiesd", "tests", "scripts", "pyproject.toml"):
@@ -93,28 +92,27 @@ def play(path: Path, folder: Path) -> str:
     ],
 )
 def test_guide(path, tmp_path):
-    shown = play(path, tmp_path)
+    page = read(path)
+    shown = play(page, tmp_path)
     # Every block that is not excused was reached.
-    blocks = [b for b in read(path).blocks if b.language in ("python", "bash") and not b.excuse]
+    blocks = [b for b in page.blocks if b.language in ("python", "bash") and not b.excuse]
     assert shown.count(f"-- {name(path)}:") == len(blocks)
 
 
-def test_a_block_that_fails_is_told_with_its_line(tmp_path, monkeypatch):
-    page = ROOT / "docs" / "guides" / "not there.md"
+def test_a_block_that_fails_is_told_with_its_line(tmp_path):
     text = "# P\n\n```python\nx = 1\n```\n\n```bash\ntrue\n```\n\n```python\n\nassert x == 2\n```\n"
-    monkeypatch.setattr("tests.docs.test_guides.read", lambda path: _read_text(tmp_path, text))
-    with pytest.raises(AssertionError, match=r'guides/not there.md", line 13'):
-        play(page, tmp_path)
-    text = text.replace("x == 2", "x == 1").replace("true", "false")
-    with pytest.raises(AssertionError, match=r"not there.md:8: bash ended with 1"):
-        (tmp_path / "examples").unlink()
-        play(page, tmp_path)
-
-
-def _read_text(folder: Path, text: str) -> Page:
-    path = folder / "page.md"
-    path.write_text(text)
-    return read(path)
+    for number, (old, new, message) in enumerate(
+        (
+            ("", "", r'guides/not there.md", line 13'),
+            ("true", "false", r"not there.md:8: bash ended with 1"),
+        )
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        (folder / "page.md").write_text(text.replace(old, new) if old else text)
+        page = read(folder / "page.md")._replace(path=ROOT / "docs" / "guides" / "not there.md")
+        with pytest.raises(AssertionError, match=message):
+            play(page, folder)
 
 
 def test_every_guide_has_a_place():

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import run_python
+
 ROOT = Path(__file__).resolve().parents[2]
 PATCHES = ROOT / "mindiesd" / "patches"
 
@@ -34,11 +36,8 @@ OPS = {
 }
 SKIPPING = ("_Skip", "SignatureChanged", "Unrecognised", "SourceUnknown")
 COUNTING = ("takes", "fell_back", "gave_up")
-# Texts that are passed on inside another, or are no reasons.
-NO_REASONS = {
-    "undecided": "stands for no decision yet, inside verify",
-    "could not be built: …": "",
-}
+# Texts that come out of the same walk and are no reasons.
+NO_REASONS = {"…… on …": "how verify describes a tensor"}
 
 
 def reasons():
@@ -157,11 +156,136 @@ def package() -> set[str]:
             everything |= {text for text in counted if " " in text or text in ("dropout", "causal")}
     for name, function in OPS.items():
         everything |= found_in(ROOT / name, function)[0]
-    return everything
+    return everything - set(NO_REASONS)
 
 
-def test_print(package):
-    r = reasons()
-    known = set(listed(r.COUNTED, r.SKIPPED, r.UNJUDGED))
-    print("MISSING", *sorted(package - known), sep="\n  ")
-    print("STALE", *sorted(known - package), sep="\n  ")
+def covers(line: str, text: str) -> bool:
+    """Whether a line of the page is about a text; … stands for anything."""
+    return re.fullmatch(".+".join(map(re.escape, line.split("…"))), text) is not None
+
+
+def test_every_reason_has_a_line(package):
+    table = reasons()
+    known = listed(table.COUNTED, table.SKIPPED, table.UNJUDGED)
+    missing = {text for text in package if not any(covers(line, text) for line in known)}
+    assert missing == set(), "add these to scripts/_reasons.py"
+
+
+def test_no_line_is_without_a_reason(package):
+    table = reasons()
+    known = listed(table.COUNTED, table.SKIPPED, table.UNJUDGED)
+    stale = {line for line in known if not any(covers(line, text) for text in package)}
+    assert stale == set(), "the package no longer says these"
+
+
+def test_no_line_is_about_everything():
+    """Else a new reason would be covered by a line that says nothing of it."""
+    table = reasons()
+    for line in listed(table.COUNTED, table.SKIPPED, table.UNJUDGED):
+        assert len(line.replace("…", "").split()) >= 2 or "…" not in line
+        assert not covers(line, "something that nobody has written")
+
+
+def test_lines_are_sentences():
+    table = reasons()
+    everything = [
+        reason
+        for part in (table.COUNTED, table.SKIPPED, table.UNJUDGED)
+        for group in part
+        for reason in group.reasons
+    ]
+    texts = [reason.text for reason in everything]
+    assert len(set(texts)) == len(texts)
+    for reason in everything:
+        assert "|" not in "".join(reason), reason.text
+        for sentence in (reason.means, reason.do):
+            assert sentence
+            assert sentence[0].isupper() or sentence[0] == "`", reason.text
+            assert sentence[-1] not in ".;,", reason.text
+
+
+def test_reasons_are_no_literals_where_they_are_counted():
+    """What is counted has a name, so that it can be found; the walk above relies on it."""
+    for path in sorted(PATCHES.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and _name(node.func) in COUNTING:
+                for argument in node.args:
+                    assert not isinstance(argument, (ast.Constant, ast.JoinedStr)) or (
+                        argument.value in (None, True, False)
+                    ), f"{path.name}:{node.lineno}"
+
+
+def test_ops_whose_answers_are_counted_are_all_known():
+    """Functions of mindiesd.ops that a patch asks for a refusal."""
+    asked = set()
+    for path in sorted(PATCHES.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr.endswith("refusal")
+                and not node.func.attr.startswith("_")
+            ):
+                asked.add(node.func.attr)
+    assert asked == set(OPS.values())
+
+
+def test_the_walk_finds_what_is_there(tmp_path):
+    """Each way to state a reason, in a file of this test."""
+    path = PATCHES / "_a_test_of_reasons.py"
+    path.write_text(
+        "from mindiesd.patches import law\n"
+        "OWN = 'a reason of its own'\n"
+        "def refusal(x) -> str | None:\n"
+        "    reason = 'said at once' if x else None\n"
+        "    if x == 2:\n"
+        "        raise law.SignatureChanged(f'takes {x} of {x}')\n"
+        "    site.takes(law.DROPOUT)\n"
+        "    return reason or OWN\n"
+    )
+    try:
+        counted, skipped = found_in(path)
+    finally:
+        path.unlink()
+    assert counted == {"a reason of its own", "said at once", "dropout"}
+    assert skipped == {"takes … of …"}
+
+
+CALLS = """
+import torch
+import torch.nn.functional as F
+import mindiesd
+
+migration = mindiesd.patch_all()
+half = torch.ones(1, 2, 4, 8).half()
+single = torch.ones(1, 2, 4, 8)
+grown = torch.ones(1, 2, 4, 8, requires_grad=True)
+F.scaled_dot_product_attention(single[0], single[0], single[0])
+F.scaled_dot_product_attention(single, single, single, dropout_p=0.5)
+F.scaled_dot_product_attention(single.double(), single.double(), single.double())
+F.scaled_dot_product_attention(grown, single, single)
+with torch.no_grad():
+    F.rms_norm(single.double(), [8])
+    F.rms_norm(single, [4, 8])
+    F.gelu(single.double())
+    torch.nn.LayerNorm(8).half()(half)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        F.rms_norm(single, [8])
+    try:
+        F.scaled_dot_product_attention(single, half, half)
+    except RuntimeError:
+        pass
+    torch.nn.Sequential(torch.nn.GroupNorm(1, 2), torch.nn.SiLU())(single)
+reasons = {}
+for patch in migration.report().to_dict()["patches"]:
+    reasons |= patch["fell_back"]
+print(*reasons, sep="\\n")
+"""
+
+
+def test_what_is_counted_in_a_run_is_on_the_page():
+    shown = run_python(CALLS).stdout.splitlines()
+    assert len(shown) >= 7, shown
+    page = (ROOT / "docs" / "guides" / "fallbacks.md").read_text(encoding="utf-8")
+    for reason in shown:
+        assert f"| `{reason}` |" in page
