@@ -27,13 +27,14 @@ import json, sys
 sys.path[:] = [entry for entry in sys.path if entry]
 import torch, torch_npu
 found = {"count": torch.npu.device_count()}
-if found["count"]:
+def series():
     from mindiesd.ops.backends.npu import soc
-    for name, ask in (("name", lambda: torch.npu.get_device_name(0)), ("series", soc.series)):
-        try:
-            found[name] = ask()
-        except Exception as error:
-            found[name] = ""
+    return soc.series()
+for name, ask in (("name", lambda: torch.npu.get_device_name(0)), ("series", series)):
+    try:
+        found[name] = ask() if found["count"] else ""
+    except Exception:  # a device that cannot say what it is
+        found[name] = ""
 print(json.dumps(found))
 """
 
@@ -83,7 +84,7 @@ def _items() -> Iterator[Item]:
     else:
         npu = _npu(torch_npu)
         # What loads has found its CANN, however that was made known.
-        yield cann._replace(state=NOTE) if npu.state == OK and cann.state == FIX else cann
+        yield cann._replace(state=NOTE) if npu.state != FIX and cann.state == FIX else cann
         yield npu
     yield _library(os.environ)
     yield _emulator(torch, torch_npu)
@@ -138,7 +139,8 @@ def _npu(torch_npu: str) -> Item:
     if not answer["count"]:
         text = "torch_npu loads and sees no device: see whether npu-smi shows one, the container "
         return Item(FIX, "NPU", text + "has it, and ASCEND_RT_VISIBLE_DEVICES names it")
-    text = f"torch_npu {torch_npu} loads and sees {answer['count']} devices"
+    devices = "1 device" if answer["count"] == 1 else f"{answer['count']} devices"
+    text = f"torch_npu {torch_npu} loads and sees {devices}"
     if answer.get("name"):
         text += f", {answer['name']}"
     if answer.get("series"):

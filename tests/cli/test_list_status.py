@@ -50,6 +50,13 @@ def test_list_as_a_table_on_a_terminal(runner):
     assert all(record.target in seen.decode() for record in records())
 
 
+def test_a_reader_that_has_seen_enough(runner):
+    """As in ``mindiesd-run --list | head -1``."""
+    code = "'$@' | head -1".replace("'", '"')
+    done = runner.run(["bash", "-c", code, "_", *runner.launcher, "--list"])
+    assert (done.code, done.err, done.out.count("\n")) == (0, "", 1)
+
+
 def checklist(done, code=0):
     """Item -> (state, text), of a run that ended as it should."""
     assert (done.code, done.err) == (code, ""), done
@@ -125,7 +132,7 @@ def test_status_when_torch_npu_loads(runner):
     distribution(runner, "torch", "2.13.0", NPU.format(count=8))
     found = checklist(runner.launch("--status", PYTHONPATH="lib"))
     assert "sees 8 devices, Ascend910B1" in found["NPU"][1]
-    # This torch cannot say which series it is; the real one does, see tests/emulator/test_run.py.
+    # This torch cannot say which series it is; the real one does, see tests/emulator/test_status.py.
     assert found["NPU"][0] == "note"
     assert found["CANN"][0] == "note", "what loads has found its CANN"
 

@@ -230,8 +230,11 @@ def test_sources_are_python_of_every_supported_version(minor):
         ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, minor))
 
 
-def test_what_the_readme_says_of_extras():
-    text = (ROOT / "README.md").read_text()
-    found = metadata.distribution("mindiesd").metadata.get_all("Provides-Extra")
-    for extra in re.findall(r"'\.\[([\w,]+)\]'", text):
-        assert set(extra.split(",")) <= set(found)
+def test_extras_that_the_documentation_names_exist(wheel):
+    found = metadata.PathDistribution(zipfile.Path(wheel, f"mindiesd-{VERSION}.dist-info/"))
+    known = set(found.metadata.get_all("Provides-Extra"))
+    named = set()
+    for path in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")):
+        for extras in re.findall(r"'\.\[([\w,]+)\]'", path.read_text(encoding="utf-8")):
+            named |= set(extras.split(","))
+    assert {"npu", "diffusers", "emulator", "dev"} <= named <= known
