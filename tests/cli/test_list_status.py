@@ -132,7 +132,7 @@ def test_status_when_torch_npu_loads(runner):
     distribution(runner, "torch", "2.13.0", NPU.format(count=8))
     found = checklist(runner.launch("--status", PYTHONPATH="lib"))
     assert "sees 8 devices, Ascend910B1" in found["NPU"][1]
-    # This torch cannot say which series it is; the real one does, see tests/emulator/test_status.py.
+    # This torch cannot say which series it is; for the real one see tests/emulator/test_status.py.
     assert found["NPU"][0] == "note"
     assert found["CANN"][0] == "note", "what loads has found its CANN"
 
