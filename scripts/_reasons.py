@@ -139,7 +139,7 @@ COUNTED = (
             ),
             Reason(
                 "key and value differ in heads or length",
-                "The original raises, or broadcasts",
+                "What PyTorch makes of it depends on its kernel",
                 "Look at the call",
             ),
             Reason(
@@ -149,8 +149,8 @@ COUNTED = (
             ),
             Reason(
                 "head counts differ without enable_gqa",
-                "Fewer key heads than query heads, and grouped queries were not asked for",
-                "Pass `enable_gqa=True`",
+                "The original broadcasts a single key head and raises otherwise",
+                "Pass `enable_gqa=True` if grouped queries are meant",
             ),
             Reason(
                 "head counts do not divide",
@@ -179,7 +179,7 @@ COUNTED = (
             ),
             Reason(
                 "mask and is_causal together",
-                "The original raises, or ignores one of them, depending on the kernel it takes",
+                "What PyTorch makes of the two together depends on its version and its kernel",
                 "Put the causal part into the mask",
             ),
             Reason(
