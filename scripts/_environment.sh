@@ -42,7 +42,7 @@ if [[ -e $name && ! -f $stamp ]]; then
     say "$PWD/$name exists and was not made by this script; move it away first"
     exit 2
 elif [[ $had_made != "$made_from" || ! -x $name/bin/python ]]; then
-    say "making it with $("$python" -V); the first time downloads packages, torch for minutes"
+    say "making it with $("$python" -V); the first time downloads its packages, which takes minutes"
     rm -rf "$name"
     mkdir "$name"
     echo unfinished >"$stamp"

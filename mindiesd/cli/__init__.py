@@ -8,7 +8,6 @@ in the Python processes below is in :mod:`mindiesd.bootstrap`.
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from typing import NoReturn
 
@@ -34,6 +33,8 @@ def _run(arguments: list[str]) -> int:
 
         given, action, arguments = read(arguments)
         if action is not None:
+            import signal
+
             # `mindiesd-run --list | head` ends quietly, like other commands.
             signal.signal(signal.SIGPIPE, signal.SIG_DFL)
             return action() or 0
@@ -110,6 +111,8 @@ def environment(settings: Settings) -> dict[str, str]:
 
 def _become(command: Command, env: dict[str, str]) -> NoReturn:
     # Python ignores these two signals, and ignored signals stay ignored across exec.
+    import signal
+
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:

@@ -218,7 +218,8 @@ def _emulator(torch: str | None, torch_npu: str | None) -> Item:
 
 def _family(family: str, patches: list[Patch]) -> Item:
     """Whether the patches of a family fit what is installed."""
-    fitting = provided = idle = by_name = 0
+    fitting = provided = idle = 0
+    by_name: list[str] = []
     refused: Counter[str] = Counter()
     absent: set[str] = set()
     for patch in patches:
@@ -229,18 +230,17 @@ def _family(family: str, patches: list[Patch]) -> Item:
             refused[reason] += 1
             if reason.endswith("is not installed"):
                 absent.add(reason)
-        elif to_be_provided(patch):
-            provided += 1
         else:
-            fitting += 1
-            by_name += patch.by_name_only
+            provided += to_be_provided(patch)
+            fitting += not to_be_provided(patch)
+            by_name += [patch.name] * patch.by_name_only
     texts = []
     if fitting or not (provided or idle):
         texts.append(f"{fitting} of {len(patches) - idle} patches fit")
-    if by_name:
-        texts.append(f"{by_name} of them only if named in --only")
     if provided:
         texts.append(f"{provided} provided to the script: the package is not installed")
+    if by_name:
+        texts.append(f"only if named in --only: {', '.join(by_name)}")
     if idle:
         texts.append(f"{idle} not needed: the installed version lacks the fault")
     texts += [f"{count} skipped: {reason}" for reason, count in refused.most_common()]
