@@ -152,7 +152,7 @@ def _compiled(
         given="".join(f"{part}, " for part in [*plain, more] if part),
         named=", ".join(filter(None, named)),
     )
-    return compile("\n" * (_LINE - 1) + text, __file__, "exec", dont_inherit=True)
+    return compile("\n" * _LINE + text, __file__, "exec", dont_inherit=True)
 
 
 class Faults:
