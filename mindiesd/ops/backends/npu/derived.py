@@ -3,11 +3,12 @@
 A mask is the same for every layer of a step, and often for every step. What a kernel needs instead
 of it is kept here for as long as the tensor lives **and is not written to**: an entry is valid for
 one object (a weak reference, so nothing is kept alive), one version of its memory and one address,
-one way of looking at it and one stream. Views count by the tensor they look into, since attention layers make
-them anew at each call.
+one way of looking at it and one stream. Views count by the tensor they look into, since attention
+layers make them anew at each call.
 
-What counts versions cannot see writes through ``Tensor.data``. Nothing is kept of inference
-tensors (their versions are not counted), of tensors of a subclass, and under tracing or graph capture the callers do not come here.
+What counts versions cannot see writes through ``Tensor.data``. Nothing is kept of inference tensors
+(their versions are not counted), of tensors of a subclass, and under tracing or graph capture the
+callers do not come here.
 """
 
 from __future__ import annotations
