@@ -54,6 +54,7 @@ RECORDS = (
         "transformers_flash",
         (FLASH, "lazy_import_flash_attention"),
         f"{_BUILD}:build_flash",
+        becomes="mindiesd.attention_forward_varlen",
         why=(
             'with attn_implementation="flash_attention_2" on an NPU the original ignores sliding '
             "windows and refuses softcaps"

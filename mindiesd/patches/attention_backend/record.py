@@ -18,6 +18,7 @@ def record(
     requires: Mapping[str, str],
     parameters: tuple[str, ...],
     after: str = "",
+    becomes: str = "mindiesd.attention_forward",
     tables: tuple[str, ...] = (),
 ) -> Patch:
     """A way to choose attention that leads to SDPA; SDPA's own patch is what is verified.
@@ -32,6 +33,7 @@ def record(
         requires: likewise.
         parameters: likewise.
         after: likewise; the target's module by default.
+        becomes: likewise.
         tables: likewise.
     """
     module, attribute = target
@@ -41,7 +43,7 @@ def record(
         module=module,
         attribute=attribute,
         after=after or module,
-        becomes="mindiesd.attention_forward",
+        becomes=becomes,
         build=build,
         reference=NOT_COMPARED,
         why=why,
