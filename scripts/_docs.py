@@ -1,7 +1,8 @@
 """Writes the pages of docs/ that are generated.
 
-docs/patches.md comes from the patch records, docs/specification.md from the tests named after the
-statements of the layers API.
+docs/patches.md and its overview docs/guides/what_is_redirected.md come from the patch records,
+docs/guides/fallbacks.md from scripts/_reasons.py, docs/specification.md from the tests named after
+the statements of the layers API.
 
 python scripts/_docs.py            writes them
 python scripts/_docs.py --check    fails when one is not up to date
@@ -13,7 +14,9 @@ import ast
 import sys
 from pathlib import Path
 
-from mindiesd.patches.registry import FAMILIES, records
+import _reasons
+
+from mindiesd.patches.registry import FAMILIES, Patch, left, records
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -58,6 +61,84 @@ def patches_page() -> str:
     return "\n".join(lines)
 
 
+def overview_page() -> str:
+    """What is redirected, a family at a time: the guide to docs/patches.md."""
+    everything = left()
+    lines = [
+        "# What is redirected and why",
+        "",
+        "<!-- Generated from the patch records by `python scripts/_docs.py`; do not edit. -->",
+        "",
+        f"{len(records())} functions and methods are redirected, in {len(FAMILIES)} families. A "
+        "call is taken only where the result is provably right; the rest goes to the original. "
+        "[patches.md](../patches.md) has each patch: target, versions, numerics, undo. "
+        "[matrix.md](../matrix.md) says it model by model.",
+        "",
+        "`only=` and `skip=` (and `--only`, `--skip`) take the names of families and of patches:",
+        "",
+        "```bash",
+        "mindiesd-run --skip rope,activation -c 'print(\"in place of this, your script\")'",
+        "```",
+        "",
+        "| family | patches | in |",
+        "|---|---|---|",
+    ]
+    by_family = {
+        family: [record for record in records() if record.family == family] for family in FAMILIES
+    }
+    for family, patches in by_family.items():
+        packages = dict.fromkeys(record.module.partition(".")[0] for record in patches)
+        lines.append(f"| [`{family}`](#{family}) | {len(patches)} | {', '.join(packages)} |")
+    for family, patches in by_family.items():
+        lines += ["", f"## `{family}`", ""]
+        lines += [_about(family), ""]
+        lines += _reasons_for(patches)
+        if any(record.by_name_only for record in patches):
+            names = ", ".join(f"`{record.name}`" for record in patches if record.by_name_only)
+            lines += ["", f"Only where `only=` names it: {names}."]
+        options = dict.fromkeys(record.option for record in patches if record.option)
+        for option in options:
+            lines += ["", f"Only with `patch_all({option}=…)` or `--{option}`."]
+        if family in everything:
+            lines += ["", "Looked at and left alone:", ""]
+            grouped: dict[str, list[str]] = {}
+            for target, reason in everything[family]:
+                grouped.setdefault(reason, []).append(target)
+            lines += [f"- {reason}: {_some(targets)}." for reason, targets in grouped.items()]
+    return "\n".join([*lines, ""])
+
+
+def _about(family: str) -> str:
+    """The first sentence of what the family's module says of itself, as Markdown."""
+    patches = ROOT / "mindiesd" / "patches"
+    places = (f"{family}.py", f"{family}/__init__.py", f"front_doors/{family}.py")
+    home = next(patches / place for place in places if (patches / place).exists())
+    text = ast.get_docstring(ast.parse(home.read_text(encoding="utf-8"))) or ""
+    return " ".join(text.split("\n\n")[0].split()).replace("``", "`")
+
+
+def _reasons_for(patches: list[Patch]) -> list[str]:
+    """What the patches of a family become and why, those alike together."""
+    grouped: dict[tuple[str, str], list[str]] = {}
+    for record in patches:
+        grouped.setdefault((record.becomes, record.why), []).append(record.target)
+    return [
+        f"- → `{becomes}`: {why}. *{_some(targets)}*" for (becomes, why), targets in grouped.items()
+    ]
+
+
+def _some(targets: list[str]) -> str:
+    """Up to three targets, those with a class by that."""
+    shown = []
+    for target in targets[:3]:
+        parts = target.split(".")
+        short = parts[-2:] if parts[-2][:1].isupper() else parts[-1:]
+        plain = len(short) == 1 and not short[0][:1].isupper()
+        shown.append(f"`{target if plain else '.'.join(short)}`")
+    more = len(targets) - 3
+    return ", ".join(dict.fromkeys(shown)) + (f" and {more} more" if more > 0 else "")
+
+
 def specification_page() -> str:
     """Every statement of the layers API beside the test that holds it to it."""
     lines = [
@@ -84,7 +165,12 @@ def specification_page() -> str:
     return "\n".join(lines)
 
 
-PAGES = {"patches.md": patches_page, "specification.md": specification_page}
+PAGES = {
+    "patches.md": patches_page,
+    "specification.md": specification_page,
+    "guides/what_is_redirected.md": overview_page,
+    "guides/fallbacks.md": _reasons.page,
+}
 
 
 def main() -> int:

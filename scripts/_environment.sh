@@ -3,6 +3,7 @@
 #
 #   scripts/_environment.sh .venv        everything but torch_npu
 #   scripts/_environment.sh .venv-npu    with torch_npu, for tests/emulator
+#   scripts/_environment.sh .venv-docs   what builds the site, without torch
 #
 # PYTHON names the interpreter (default: python3); the pinned diffusers and transformers need 3.11.
 # Exit status 3: torch_npu cannot be installed here.
@@ -14,7 +15,8 @@ say() { printf '%s: %s\n' "$name" "$*" >&2; }
 case $name in
     .venv) extras=diffusers,dev ;;
     .venv-npu) extras=diffusers,emulator,dev ;;
-    *) say "unknown environment; there are .venv and .venv-npu"; exit 2 ;;
+    .venv-docs) extras=docs ;;
+    *) say "unknown environment; there are .venv, .venv-npu and .venv-docs"; exit 2 ;;
 esac
 
 wanted=${PYTHON:-python3}
@@ -40,7 +42,7 @@ if [[ -e $name && ! -f $stamp ]]; then
     say "$PWD/$name exists and was not made by this script; move it away first"
     exit 2
 elif [[ $had_made != "$made_from" || ! -x $name/bin/python ]]; then
-    say "making it with $("$python" -V); the first time downloads torch, which takes some minutes"
+    say "making it with $("$python" -V); the first time downloads packages, torch for minutes"
     rm -rf "$name"
     mkdir "$name"
     echo unfinished >"$stamp"
@@ -60,7 +62,7 @@ install() {
     "$name/bin/python" -m pip install -qq --disable-pip-version-check --no-input \
         -c constraints.txt "$@"
 }
-install torch
+[[ $name == .venv-docs ]] || install torch
 if [[ $name == .venv-npu ]] && ! install torch_npu; then
     say "torch_npu cannot be installed for $("$python" -V) on $(uname -sm)"
     exit 3

@@ -8,6 +8,7 @@ in the Python processes below is in :mod:`mindiesd.bootstrap`.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -33,8 +34,9 @@ def _run(arguments: list[str]) -> int:
 
         given, action, arguments = read(arguments)
         if action is not None:
-            action()
-            return 0
+            # `mindiesd-run --list | head` ends quietly, like other commands.
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+            return action() or 0
     settings = Settings.read(os.environ, given)
     _check(settings, given)
     command = resolve(arguments)
@@ -108,8 +110,6 @@ def environment(settings: Settings) -> dict[str, str]:
 
 def _become(command: Command, env: dict[str, str]) -> NoReturn:
     # Python ignores these two signals, and ignored signals stay ignored across exec.
-    import signal
-
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     try:

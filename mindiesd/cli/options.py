@@ -92,7 +92,11 @@ _command = _Launcher(
         ),
         click.Option(["--quiet"], is_flag=True, help="Write no summary at the end."),
         click.Option(["--list"], is_flag=True, help="Show every patch and exit."),
-        click.Option(["--status"], is_flag=True, help="Examine this installation and exit."),
+        click.Option(
+            ["--status"],
+            is_flag=True,
+            help="Check this installation, item by item, and exit: 1 if one must be fixed, else 0.",
+        ),
         click.Option(["--version"], is_flag=True, help="Show the version and exit."),
         click.Option(["--help"], is_flag=True, help="Show this text and exit."),
     ],
@@ -106,7 +110,7 @@ _WITH_VALUE = ("--only", "--skip", "--numerics", "--sparse")
 
 def read(
     arguments: list[str],
-) -> tuple[dict[str, str], Callable[[], None] | None, list[str]]:
+) -> tuple[dict[str, str], Callable[[], int | None] | None, list[str]]:
     """Read the options in front of the command.
 
     Returns:
@@ -138,7 +142,7 @@ def read(
     return given, _action(values, help_text), rest
 
 
-def _action(values: dict[str, Any], help_text: str) -> Callable[[], None] | None:
+def _action(values: dict[str, Any], help_text: str) -> Callable[[], int | None] | None:
     if values["help"]:
         return lambda: click.echo(help_text)
     if values["version"]:

@@ -40,7 +40,7 @@ _FLAGS = ("-O1", "-shared", "-fPIC")
 _keep: list[ctypes.CDLL] = []
 
 
-def _compiler() -> list[str]:
+def compiler() -> list[str]:
     """The machine's C compiler: ``$CC``, else the first of cc, gcc, clang."""
     asked = os.environ.get("CC")
     if asked:
@@ -120,10 +120,10 @@ def _run(command: list[str]) -> None:
         )
 
 
-def _compile_into(folder: Path, compiler: list[str]) -> None:
+def _compile_into(folder: Path, command: list[str]) -> None:
     real = folder / REAL
     _run(
-        [*compiler, *_FLAGS, f"-Wl,-soname,{REAL}", "-o", str(real), str(SOURCE), "-lm"],
+        [*command, *_FLAGS, f"-Wl,-soname,{REAL}", "-o", str(real), str(SOURCE), "-lm"],
     )
     for name in EMPTY:
         # They name the real one as needed: torch_npu looks symbols up through any of the handles.
@@ -132,7 +132,7 @@ def _compile_into(folder: Path, compiler: list[str]) -> None:
         soname = f"-Wl,-soname,{name}"
         _run(
             [
-                *compiler,
+                *command,
                 *_FLAGS,
                 "-DMINDIESD_EMPTY",
                 soname,
@@ -152,9 +152,9 @@ def build() -> Path:
         raise EmulatorUnavailable(
             f"the emulated NPU needs Linux: torch_npu has no wheel for {platform.system()}"
         )
-    compiler = _compiler()
+    command = compiler()
     words = [SOURCE.read_text("utf-8"), Path(__file__).read_text("utf-8")]
-    words += [platform.machine(), *compiler]
+    words += [platform.machine(), *command]
     name = hashlib.sha256("\0".join(words).encode()).hexdigest()[:32]
     root = _cache_root()
     home = root / name
@@ -162,7 +162,7 @@ def build() -> Path:
         return home
     building = Path(tempfile.mkdtemp(prefix="building-", dir=root))
     try:
-        _compile_into(building, compiler)
+        _compile_into(building, command)
         try:
             building.rename(home)
         except OSError:

@@ -16,6 +16,7 @@ from mindiesd.ops import norm
 from mindiesd.patches.report import SCHEMA, render
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
+PACKAGE = DOCS.parent / "mindiesd" / "patches"
 
 
 @pytest.fixture
@@ -187,7 +188,7 @@ def test_a_compiled_call_has_no_line() -> None:
 
 def test_real_reports_are_as_the_schema_says(report: Report) -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    schema = json.loads((DOCS / "report.schema.json").read_text("utf-8"))
+    schema = json.loads((PACKAGE / "report.schema.json").read_text("utf-8"))
     assert schema["properties"]["schema"]["const"] == SCHEMA
     checker = jsonschema.Draft202012Validator(schema)
     checker.check_schema(schema)
@@ -210,7 +211,7 @@ def test_real_reports_are_as_the_schema_says(report: Report) -> None:
 
 def test_every_field_is_on_the_page() -> None:
     page = (DOCS / "report.md").read_text("utf-8")
-    schema = json.loads((DOCS / "report.schema.json").read_text("utf-8"))
+    schema = json.loads((PACKAGE / "report.schema.json").read_text("utf-8"))
     fields = {
         *schema["properties"],
         *schema["$defs"]["patch"]["properties"],
