@@ -11,6 +11,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from mindiesd.collecting import paused
 from mindiesd.errors import ParametersInvalid, PatchError
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def __getattr__(name: str) -> Any:
     home = _HOME.get(name)
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(home), name)
+    with paused():
+        value = getattr(import_module(home), name)
     globals()[name] = value
     return value
 

@@ -208,6 +208,8 @@ def milliseconds(command: list[str]) -> float:
 
 
 def start_rows(rounds: int) -> list[Row]:
+    # An installed package is compiled already.
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     launcher = Path(sys.executable).with_name("mindiesd-run")
     run = [str(launcher)] if launcher.exists() else [shutil.which("mindiesd-run") or "mindiesd-run"]
     bare = [sys.executable, "-c", "pass"]

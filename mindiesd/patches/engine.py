@@ -8,7 +8,6 @@ It knows nothing of attention or norms. What is installed is a plain Python func
 from __future__ import annotations
 
 import functools
-import gc
 import logging
 import os
 import sys
@@ -24,6 +23,7 @@ import wrapt
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from mindiesd import collecting
 from mindiesd.patches import faults, law, sweep, verify
 from mindiesd.patches.front_doors.finder import FINDER
 from mindiesd.patches.hooks import ImportWatch, find_module, is_initializing
@@ -45,7 +45,7 @@ class State:
         replaced: the original and the replacement of each installation; a reload adds one.
         holders: every place that was rebound, the target itself first.
         lost: places that somebody else has changed since, found while undoing.
-        references: of methods that nobody but their class held, the references there were to the
+        references: of what nobody but its class or module held, the references there were to the
             original and to its replacement, by the id of the latter.
         provided: whether the record's packages are provided, because they are not installed.
     """
@@ -70,6 +70,9 @@ class Engine:
         self._states: dict[str, State] = {
             patch.name: State(patch, Site(patch.name)) for patch in records()
         }
+        self._after: dict[str, list[State]] = {}
+        for state in self._states.values():
+            self._after.setdefault(state.patch.after, []).append(state)
         self._watch = ImportWatch(self._module_executed)
         self.notes: list[str] = []
 
@@ -194,8 +197,8 @@ class Engine:
         with self._lock:
             ready = [
                 state.patch
-                for state in self._states.values()
-                if state.patch.after == name and state.wanted and not self._is_current(state)
+                for state in self._after[name]
+                if state.wanted and not self._is_current(state)
             ]
             if not ready:
                 return
@@ -212,14 +215,15 @@ class Engine:
             _, _, value = wrapt.resolve_path(state.patch.module, state.patch.attribute)
         except (ImportError, AttributeError):
             return False
+        if any(value is swap.new for swap in state.replaced):
+            return True
         # Another record with the same target may stand over ours.
         over = {id(swap.new): swap for other in self._states.values() for swap in other.replaced}
-        while True:
+        while id(value) in over:
+            value = over[id(value)].old
             if any(value is swap.new for swap in state.replaced):
                 return True
-            if id(value) not in over:
-                return False
-            value = over[id(value)].old
+        return False
 
     def _install(self, patches: Iterable[Patch], swept: bool) -> None:
         fresh: dict[int, sweep.Swap] = {}
@@ -358,15 +362,10 @@ class Engine:
     def _changing(self) -> Iterator[None]:
         """Around every change of what is installed."""
         before = self._installed()
-        collecting = gc.isenabled()
-        # After large imports a full collection is due at any moment. It takes longer than all of
-        # this, and need not fall into the middle of it.
-        gc.disable()
         try:
-            yield
+            with collecting.paused():
+                yield
         finally:
-            if collecting:
-                gc.enable()
             if self._installed() != before and _compiled_anything():
                 self._reset_dynamo()
 

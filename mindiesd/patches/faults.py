@@ -18,7 +18,7 @@ import logging
 import sys
 from collections.abc import Callable, Hashable
 from types import CodeType, FunctionType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mindiesd.errors import ParametersInvalid
 from mindiesd.patches.scope import Site
@@ -54,7 +54,7 @@ def guard(
     replacement.__code__ = replacement.__code__.replace()
     faults = Faults(replacement, original, site)
     space: dict[str, Any] = {}
-    exec(_compiled(replacement.__code__, len(replacement.__defaults__ or ())), space)
+    exec(_compiled(*_parameters(replacement)), space)
     template = space["make"](
         replacement, original, faults.known, faults, torch.compiler.is_dynamo_compiling
     )
@@ -68,9 +68,8 @@ def guard(
     )
     made.__kwdefaults__ = replacement.__kwdefaults__
     functools.update_wrapper(made, replacement)
-    if not isinstance(original, FunctionType):
-        # A builtin has none that could be followed, see law.dress.
-        vars(made)["__signature__"] = inspect.signature(replacement)
+    # It has the parameters itself; what is to be followed is the original, see law.dress.
+    del vars(made)["__wrapped__"]
     return made
 
 
@@ -96,25 +95,52 @@ def make(_replacement, _original, _known, _faults, _tracing):
 """
 
 
+class _Parameters(NamedTuple):
+    """A function's parameters: their names, how many may be left out, the rest of either kind."""
+
+    ordinary: tuple[str, ...]
+    positional_only: int
+    defaults: int
+    keyword_only: tuple[str, ...]
+    more: str
+    others: str
+
+
+def _parameters(function: FunctionType) -> _Parameters:
+    code = function.__code__
+    names, count = code.co_varnames, code.co_argcount + code.co_kwonlyargcount
+    rest = iter(names[count:])
+    return _Parameters(
+        names[: code.co_argcount],
+        code.co_posonlyargcount,
+        len(function.__defaults__ or ()),
+        names[code.co_argcount : count],
+        f"*{next(rest)}" if code.co_flags & inspect.CO_VARARGS else "",
+        f"**{next(rest)}" if code.co_flags & inspect.CO_VARKEYWORDS else "",
+    )
+
+
+# Many replacements have the same parameters: compiling is what takes time.
 @functools.cache
-def _compiled(like: CodeType, defaults: int) -> CodeType:
-    """The template's code for the parameters of ``like``, with the line numbers it has here."""
-    names = list(like.co_varnames)
-    ordinary = names[: like.co_argcount]
-    keyword_only = names[like.co_argcount : like.co_argcount + like.co_kwonlyargcount]
-    rest = names[like.co_argcount + like.co_kwonlyargcount :]
-    more = f"*{rest.pop(0)}" if like.co_flags & inspect.CO_VARARGS else ""
-    others = f"**{rest.pop(0)}" if like.co_flags & inspect.CO_VARKEYWORDS else ""
+def _compiled(
+    ordinary: tuple[str, ...],
+    positional_only: int,
+    defaults: int,
+    keyword_only: tuple[str, ...],
+    more: str,
+    others: str,
+) -> CodeType:
+    """The template's code for these parameters, with the line numbers it has here."""
     parameters = list(ordinary)
-    if like.co_posonlyargcount:
-        parameters.insert(like.co_posonlyargcount, "/")
+    if positional_only:
+        parameters.insert(positional_only, "/")
     parameters += [more] if more else ["*"] * bool(keyword_only)
     parameters += [*keyword_only, others]
     arguments = [*ordinary, more, *(f"{name}={name}" for name in keyword_only), others]
     # A builtin may take by keyword only what a Python function takes by position as well.
-    optional = ordinary[max(len(ordinary) - defaults, like.co_posonlyargcount) :]
+    optional = ordinary[max(len(ordinary) - defaults, positional_only) :]
     if more:
-        optional = []
+        optional = ()
     plain = ordinary[: len(ordinary) - len(optional)]
     by_name = [*optional, *keyword_only]
     originals = [*plain, more, *(f"{name}={name}" for name in by_name), others]
@@ -126,7 +152,7 @@ def _compiled(like: CodeType, defaults: int) -> CodeType:
         given="".join(f"{part}, " for part in [*plain, more] if part),
         named=", ".join(filter(None, named)),
     )
-    return compile("\n" * (_LINE - 1) + text, __file__, "exec", dont_inherit=True)
+    return compile("\n" * _LINE + text, __file__, "exec", dont_inherit=True)
 
 
 class Faults:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import FunctionType
+from types import CodeType, FunctionType
 from typing import Any
 
 GRADIENTS = "needs gradients"
@@ -63,14 +63,10 @@ def dress(
             replacement's. A builtin has no signature; it keeps the replacement's own.
     """
     if isinstance(original, FunctionType):
-        theirs = inspect.signature(original).parameters.values()
-        ours = inspect.signature(replacement).parameters.values()
-        if [(p.name, p.kind, p.default) for p in ours] != [
-            (p.name, p.kind, p.default) for p in theirs
-        ]:
-            raise SignatureChanged(
-                f"takes {inspect.signature(original)}, known is {inspect.signature(replacement)}"
-            )
+        if _plain_parameters(original) != _plain_parameters(replacement):
+            theirs, ours = inspect.signature(original), inspect.signature(replacement)
+            if _parameters(theirs) != _parameters(ours):
+                raise SignatureChanged(f"takes {theirs}, known is {ours}")
         functools.update_wrapper(replacement, original)
         _share_names(replacement, original)
     else:
@@ -83,6 +79,32 @@ def dress(
     # one builder made share theirs: a ninth class would no longer be compiled.
     assert isinstance(replacement, FunctionType)
     replacement.__code__ = replacement.__code__.replace()
+
+
+def _parameters(signature: inspect.Signature) -> list[tuple[Any, ...]]:
+    """What two signatures must have in common; annotations may differ."""
+    return [(p.name, p.kind, p.default) for p in signature.parameters.values()]
+
+
+def _plain_parameters(function: Any) -> tuple[Any, ...]:
+    """The same, read from the function itself: a signature takes much longer to make.
+
+    Two that are equal here have equal signatures unless a decorator states another one, and then
+    they are made unequal.
+    """
+    if "__wrapped__" in vars(function) or "__signature__" in vars(function):
+        return (id(function),)
+    code: CodeType = function.__code__
+    count = code.co_argcount + code.co_kwonlyargcount
+    more = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    return (
+        code.co_varnames[: count + more],
+        code.co_argcount,
+        code.co_posonlyargcount,
+        code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS),
+        function.__defaults__ or (),
+        function.__kwdefaults__ or {},
+    )
 
 
 def _share_names(replacement: Callable[..., Any], original: FunctionType) -> None:

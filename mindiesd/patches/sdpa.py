@@ -132,7 +132,10 @@ def build(original: Any, site: Site) -> Callable[..., Any]:
                     )
                 ):
                     reason = law.GRADIENTS
-                elif reason is not None and query.device.type == "npu":
+                elif (
+                    # The first two are cheap, and say no for most calls.
+                    reason is not None and not query.is_cpu and query.device.type == "npu"
+                ):
                     # Its own kernels are 4-D, and so every other rank is computed in pieces.
                     four = _four(query, key, value, attn_mask, enable_gqa)
                     if four is not None and attention.refusal(*four, is_causal) is None:

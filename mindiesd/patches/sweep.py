@@ -55,17 +55,19 @@ class Holder:
 
 
 def alone(module: str, attribute: str) -> bool:
-    """Whether a method is held by its class and by nothing else, so that nothing can be rebound.
+    """Whether a function is held by its class or module only, so that nothing can be rebound.
 
     The collector's search takes time in proportion to what is looked for, and most targets are
-    methods that nobody took by name. What a reference costs differs between versions of Python, so
-    the count is compared with that of a method which is certainly alone.
+    methods and helpers that nobody took by name. What a reference costs differs between versions
+    of Python, so the count is compared with that of a method which is certainly alone.
     """
     owner: Any = sys.modules.get(module)
     *path, name = attribute.split(".")
     for part in path:
         owner = getattr(owner, part, None)
-    return isinstance(owner, type) and name in vars(owner) and _count(owner, name) <= _ONE
+    if not isinstance(owner, (type, ModuleType)) or name not in vars(owner):
+        return False
+    return isinstance(vars(owner)[name], FunctionType) and _count(owner, name) <= _ONE
 
 
 class _Alone:
@@ -73,7 +75,7 @@ class _Alone:
         """Held by this class only."""
 
 
-def _count(owner: type, name: str) -> int:
+def _count(owner: type | ModuleType, name: str) -> int:
     return sys.getrefcount(vars(owner)[name])
 
 

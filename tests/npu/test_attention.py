@@ -189,7 +189,37 @@ def test_the_contract_of_the_composition():
     assert npu.attention_composed is native.attention_composed
 
 
-def test_autocast_and_inference_mode():
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("made", ["plain", "biased", "gappy", "wide"])
+def test_autocast_decides_the_dtype(dtype, made):
+    """As for PyTorch's own attention, which is among the operators that autocast casts."""
+    size = 300 if made == "wide" else 16
+    query, key, value = (torch.randn(2, 4, 6, size, device="npu") for _ in range(3))
+    mask = {"biased": torch.randn(6, 6), "gappy": torch.rand(2, 1, 1, 6) > 0.3}.get(made)
+    mask = mask if mask is None else mask.npu()
+
+    def original():
+        return torch._C._nn.scaled_dot_product_attention(query, key, value, mask)
+
+    def ours():
+        return attention.attend(query, key, value, mask)
+
+    with torch.autocast("npu", dtype=dtype):
+        theirs, out = original(), ours()
+        traced = torch.compile(ours, fullgraph=True, backend="eager")()
+        with torch.autocast("npu", enabled=False):
+            assert ours().dtype is torch.float32
+    exact = torch._C._nn.scaled_dot_product_attention(
+        *(t.cpu().to(dtype).double() for t in (query, key, value)),
+        mask if mask is None else mask.cpu() if made == "gappy" else mask.cpu().to(dtype).double(),
+    )
+    assert out.dtype is theirs.dtype is traced.dtype is dtype
+    limit = 1.1 * (theirs.cpu().double() - exact).abs().max() + torch.finfo(dtype).eps
+    assert (out.cpu().double() - exact).abs().max() <= limit
+    assert (traced.cpu().double() - exact).abs().max() <= limit
+
+
+def test_inference_mode():
     query = tensor((2, 4, 6, 16), torch.float16, "BSND")
     keep = torch.rand(2, 1, 1, 6, device="npu") > 0.3
     case = Case(query, query, query, keep)

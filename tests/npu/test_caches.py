@@ -51,6 +51,20 @@ def test_two_views_of_one_tensor_are_two_masks():
     case.check(case.attend())
 
 
+def test_other_memory_is_noticed():
+    mask = torch.rand(9, 9, device="npu") > 0.3
+    view = mask[None]
+    for change in (
+        lambda: None,
+        lambda: setattr(mask, "data", torch.rand(9, 9, device="npu") > 0.5),
+        lambda: mask.set_(torch.rand(9, 9, device="npu") > 0.7),
+    ):
+        change()
+        for seen in (mask, view, mask[None], mask[:, None].transpose(0, 1)):
+            case = Case(*qkv(), seen)
+            case.check(case.attend())
+
+
 def test_a_write_is_noticed_also_through_a_view():
     mask = torch.rand(9, 9, device="npu") > 0.3
     view = mask[None]

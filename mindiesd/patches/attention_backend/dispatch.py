@@ -24,7 +24,7 @@ from mindiesd.patches.attention_backend.contract import (
     TOP_LEFT,
     Contract,
 )
-from mindiesd.patches.registry import NOT_COMPARED, Patch
+from mindiesd.patches.attention_backend.record import record
 from mindiesd.patches.scope import Site, entered
 
 if TYPE_CHECKING:
@@ -37,15 +37,10 @@ _VERSIONS = {"diffusers": ">=0.36,<0.44"}
 _BUILD = "mindiesd.patches.attention_backend.dispatch"
 
 RECORDS = (
-    Patch(
-        name="diffusers_dispatch",
-        family="attention_backend",
-        module=MODULE,
-        attribute="dispatch_attention_fn",
-        after=MODULE,
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_dispatch",
-        reference=NOT_COMPARED,
+    record(
+        "diffusers_dispatch",
+        (MODULE, "dispatch_attention_fn"),
+        f"{_BUILD}:build_dispatch",
         why=(
             "a script that names flash-attention, SageAttention, xFormers or cuDNN runs without "
             "them; _native_npu no longer inverts additive masks and drops is_causal and enable_gqa"
@@ -72,15 +67,10 @@ RECORDS = (
             "parallel_config",
         ),
     ),
-    Patch(
-        name="diffusers_backend_requirements",
-        family="attention_backend",
-        module=MODULE,
-        attribute="_check_attention_backend_requirements",
-        after=MODULE,
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_requirements",
-        reference=NOT_COMPARED,
+    record(
+        "diffusers_backend_requirements",
+        (MODULE, "_check_attention_backend_requirements"),
+        f"{_BUILD}:build_requirements",
         why="set_attention_backend and attention_backend accept the name of an absent CUDA package",
         when=(
             "the check would raise for a backend that diffusers_dispatch computes; inside "
@@ -90,30 +80,20 @@ RECORDS = (
         requires=_VERSIONS,
         parameters=("backend",),
     ),
-    Patch(
-        name="diffusers_backend_download",
-        family="attention_backend",
-        module=MODULE,
-        attribute="_maybe_download_kernel_for_backend",
-        after=MODULE,
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_download",
-        reference=NOT_COMPARED,
+    record(
+        "diffusers_backend_download",
+        (MODULE, "_maybe_download_kernel_for_backend"),
+        f"{_BUILD}:build_download",
         why="the name of a CUDA kernel on the Hub needs no download where it could not run",
         when="there is no CUDA device, or the kernels package is not installed",
         numerics="computes nothing",
         requires=_VERSIONS,
         parameters=("backend",),
     ),
-    Patch(
-        name="diffusers_set_backend",
-        family="attention_backend",
-        module="diffusers.models.modeling_utils",
-        attribute="ModelMixin.set_attention_backend",
-        after="diffusers.models.modeling_utils",
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_set_backend",
-        reference=NOT_COMPARED,
+    record(
+        "diffusers_set_backend",
+        ("diffusers.models.modeling_utils", "ModelMixin.set_attention_backend"),
+        f"{_BUILD}:build_set_backend",
         why="a backend named inside patch_pipeline is that pipeline's only, not the process's",
         when="inside patch_pipeline, on a model of that pipeline",
         numerics="computes nothing",

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from mindiesd.errors import ParametersInvalid
-from mindiesd.patches.registry import NOT_COMPARED, Patch
+from mindiesd.patches.attention_backend.record import record
 from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
@@ -23,15 +23,11 @@ FLASH = "transformers.modeling_flash_attention_utils"
 _BUILD = "mindiesd.patches.attention_backend.encoders"
 
 RECORDS = (
-    Patch(
-        name="transformers_sdpa",
-        family="attention_backend",
-        module=MODULE,
-        attribute="sdpa_attention_forward",
+    record(
+        "transformers_sdpa",
+        (MODULE, "sdpa_attention_forward"),
+        f"{_BUILD}:build_sdpa",
         after="transformers.modeling_utils",
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_sdpa",
-        reference=NOT_COMPARED,
         why=(
             "with torch_npu installed the original turns additive masks into bool ones, so that "
             "a bias is lost, and on the CPU too"
@@ -54,15 +50,11 @@ RECORDS = (
         ),
         tables=("transformers.modeling_utils:AttentionInterface._global_mapping",),
     ),
-    Patch(
-        name="transformers_flash",
-        family="attention_backend",
-        module=FLASH,
-        attribute="lazy_import_flash_attention",
-        after=FLASH,
+    record(
+        "transformers_flash",
+        (FLASH, "lazy_import_flash_attention"),
+        f"{_BUILD}:build_flash",
         becomes="mindiesd.attention_forward_varlen",
-        build=f"{_BUILD}:build_flash",
-        reference=NOT_COMPARED,
         why=(
             'with attn_implementation="flash_attention_2" on an NPU the original ignores sliding '
             "windows and refuses softcaps"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches import law
 from mindiesd.patches.attention_backend.dispatch import cuda_device
-from mindiesd.patches.registry import NOT_COMPARED, Patch
+from mindiesd.patches.attention_backend.record import record
 from mindiesd.patches.scope import Site
 
 if TYPE_CHECKING:
@@ -33,15 +33,10 @@ _CALL = ("self", "attn", "hidden_states", "encoder_hidden_states", "attention_ma
 _SETTER = ("self", "use_memory_efficient_attention_xformers", "attention_op")
 
 RECORDS = (
-    Patch(
-        name="diffusers_npu_processor",
-        family="attention_backend",
-        module=MODULE,
-        attribute="AttnProcessorNPU.__call__",
-        after=MODULE,
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_npu",
-        reference=NOT_COMPARED,
+    record(
+        "diffusers_npu_processor",
+        (MODULE, "AttnProcessorNPU.__call__"),
+        f"{_BUILD}:build_npu",
         why=(
             "enable_npu_flash_attention: additive masks are no longer read as bool, float32 masks "
             "no longer inverted, query and key norms no longer left out"
@@ -51,30 +46,20 @@ RECORDS = (
         requires=_VERSIONS,
         parameters=(*_CALL, "temb", "args", "kwargs"),
     ),
-    Patch(
-        name="diffusers_xformers_processor",
-        family="attention_backend",
-        module=MODULE,
-        attribute="XFormersAttnProcessor.__call__",
-        after=MODULE,
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_xformers",
-        reference=NOT_COMPARED,
+    record(
+        "diffusers_xformers_processor",
+        (MODULE, "XFormersAttnProcessor.__call__"),
+        f"{_BUILD}:build_xformers",
         why="a script that sets the xFormers processor runs without xFormers",
         when="xFormers or CUDA is absent; the scores have their usual scale, no query or key norm",
         numerics="those of AttnProcessor2_0",
         requires=_VERSIONS,
         parameters=(*_CALL, "temb", "args", "kwargs"),
     ),
-    Patch(
-        name="diffusers_sliced_processor",
-        family="attention_backend",
-        module=MODULE,
-        attribute="SlicedAttnProcessor.__call__",
-        after=MODULE,
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_sliced",
-        reference=NOT_COMPARED,
+    record(
+        "diffusers_sliced_processor",
+        (MODULE, "SlicedAttnProcessor.__call__"),
+        f"{_BUILD}:build_sliced",
         why=(
             "enable_attention_slicing saves the memory of the score matrix; a fused kernel has "
             "none, so on an NPU it is one launch instead of several for each slice"
@@ -87,15 +72,10 @@ RECORDS = (
         requires=_VERSIONS,
         parameters=_CALL,
     ),
-    Patch(
-        name="diffusers_xformers_setter",
-        family="attention_backend",
-        module=MODULE,
-        attribute="Attention.set_use_memory_efficient_attention_xformers",
-        after=MODULE,
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_setter",
-        reference=NOT_COMPARED,
+    record(
+        "diffusers_xformers_setter",
+        (MODULE, "Attention.set_use_memory_efficient_attention_xformers"),
+        f"{_BUILD}:build_setter",
         why="enable_xformers_memory_efficient_attention works without xFormers: SDPA needs no more",
         when=(
             "xFormers or CUDA is absent; a processor that does not call SDPA is exchanged for the "
@@ -105,15 +85,13 @@ RECORDS = (
         requires=_VERSIONS,
         parameters=_SETTER,
     ),
-    Patch(
-        name="diffusers_xformers_mixin_setter",
-        family="attention_backend",
-        module="diffusers.models.attention",
-        attribute="AttentionModuleMixin.set_use_memory_efficient_attention_xformers",
-        after="diffusers.models.attention",
-        becomes="mindiesd.attention_forward",
-        build=f"{_BUILD}:build_mixin_setter",
-        reference=NOT_COMPARED,
+    record(
+        "diffusers_xformers_mixin_setter",
+        (
+            "diffusers.models.attention",
+            "AttentionModuleMixin.set_use_memory_efficient_attention_xformers",
+        ),
+        f"{_BUILD}:build_mixin_setter",
         why="enable_xformers_memory_efficient_attention works without xFormers: SDPA needs no more",
         when="xFormers or CUDA is absent; the layer's backend stays what it was",
         numerics="those of SDPA",

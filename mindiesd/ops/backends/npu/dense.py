@@ -13,6 +13,7 @@ from collections import OrderedDict
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from mindiesd.errors import ParametersInvalid
@@ -189,11 +190,18 @@ def attention(
         kernel: None takes the first legal kernel, MEASURED the fastest, else the one named.
 
     Returns:
-        Attention in the query's layout and dtype; a transposed view where that saves a copy.
+        Attention in the query's layout and dtype, or autocast's dtype; a transposed view where
+        that saves a copy.
 
     Raises:
         ParametersInvalid: the kernel named is not for this call.
     """
+    if torch.is_autocast_enabled("npu"):
+        # It knows PyTorch's attention, and casts its arguments; of torch_npu's operators, none.
+        dtype = torch.get_autocast_dtype("npu")
+        with torch.autocast("npu", enabled=False):
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            return attention(query, key, value, _as(mask, dtype), scale, head_first, kernel)
     if _nothing(query, key, value):
         # Also D == 0, where every score is 0: then there is a value to average.
         if 0 in value.shape or 0 in query.shape[:3]:
@@ -207,6 +215,13 @@ def attention(
         return native.attention_composed(query, key, value, mask, scale, head_first)
     out: Tensor = chosen.module.launch(call, chosen.layout, query, key, value, mask)
     return out
+
+
+def _as(mask: AttentionMask | None, dtype: torch.dtype) -> AttentionMask | None:
+    """A mask whose bias, if any, is of another dtype."""
+    if mask is None or mask.bias is None:
+        return mask
+    return mask._replace(bias=mask.bias.to(dtype))
 
 
 def _measured(

@@ -2,12 +2,13 @@
 
 A mask is the same for every layer of a step, and often for every step. What a kernel needs instead
 of it is kept here for as long as the tensor lives **and is not written to**: an entry is valid for
-one object (a weak reference, so nothing is kept alive), one version of its memory, one way of
-looking at it and one stream. Views count by the tensor they look into, since attention layers make
-them anew at each call.
+one object (a weak reference, so nothing is kept alive), one version of its memory and one address,
+one way of looking at it and one stream. Views count by the tensor they look into, since attention
+layers make them anew at each call.
 
-Nothing is kept of inference tensors (their versions are not counted), of tensors of a subclass, and
-under tracing or graph capture the callers do not come here.
+What counts versions cannot see writes through ``Tensor.data``. Nothing is kept of inference tensors
+(their versions are not counted), of tensors of a subclass, and under tracing or graph capture the
+callers do not come here.
 """
 
 from __future__ import annotations
@@ -32,11 +33,12 @@ _PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buf
 
 
 class _Entry:
-    __slots__ = ("forms", "source", "version")
+    __slots__ = ("address", "forms", "source", "version")
 
-    def __init__(self, source: weakref.ref[Tensor], version: int) -> None:
+    def __init__(self, source: weakref.ref[Tensor], version: int, address: int) -> None:
         self.source = source
         self.version = version
+        self.address = address
         self.forms: OrderedDict[Hashable, Any] = OrderedDict()
 
 
@@ -69,8 +71,11 @@ class Derived:
             return build()
         root = source if source._base is None else source._base
         version = source._version
+        # Assigning to `.data` changes no version. Views keep the memory they were made of.
+        address = root.data_ptr()
         form = (
             key,
+            source.data_ptr() - address,
             source.shape,
             source.stride(),
             source.storage_offset(),
@@ -81,8 +86,13 @@ class Derived:
         # queues kernels.
         with self._lock:
             entry = self._entries.get(id(root))
-            if entry is None or entry.source() is not root or entry.version != version:
-                entry = self._new_entry(root, version)
+            if (
+                entry is None
+                or entry.source() is not root
+                or entry.version != version
+                or entry.address != address
+            ):
+                entry = self._new_entry(root, version, address)
             self._entries.move_to_end(id(root))
             if form in entry.forms:
                 entry.forms.move_to_end(form)
@@ -96,7 +106,7 @@ class Derived:
                     entry.forms.popitem(last=False)
             return made
 
-    def _new_entry(self, root: Tensor, version: int) -> _Entry:
+    def _new_entry(self, root: Tensor, version: int, address: int) -> _Entry:
         key = id(root)
         table = weakref.ref(self)
 
@@ -105,7 +115,7 @@ class Derived:
             if owner is not None:
                 owner._forget(key, reference)
 
-        entry = _Entry(weakref.ref(root, forget), version)
+        entry = _Entry(weakref.ref(root, forget), version, address)
         self._entries[key] = entry
         if len(self._entries) > SOURCES:
             self._entries.popitem(last=False)
