@@ -10,7 +10,7 @@ import ast
 import re
 import sys
 from collections.abc import Iterator
-from importlib import import_module
+from importlib import import_module, util
 from pathlib import Path
 
 import pytest
@@ -57,10 +57,13 @@ class Texts:
 
     def __init__(self, path: Path) -> None:
         self.tree = ast.parse(path.read_text(encoding="utf-8"))
-        parts = list(path.relative_to(ROOT).with_suffix("").parts)
-        if parts[-1] == "__init__":
-            del parts[-1]
-        self.module = import_module(".".join(parts))
+        if ROOT in path.parents:
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            self.module = import_module(".".join(parts).removesuffix(".__init__"))
+        else:
+            spec = util.spec_from_file_location(path.stem, path)
+            self.module = util.module_from_spec(spec)
+            spec.loader.exec_module(self.module)
         self.local = {
             alias.asname or alias.name: f"{node.module}.{alias.name}"
             for node in ast.walk(self.tree)
@@ -232,7 +235,7 @@ def test_ops_whose_answers_are_counted_are_all_known():
 
 def test_the_walk_finds_what_is_there(tmp_path):
     """Each way to state a reason, in a file of this test."""
-    path = PATCHES / "_a_test_of_reasons.py"
+    path = tmp_path / "a_family.py"
     path.write_text(
         "from mindiesd.patches import law\n"
         "OWN = 'a reason of its own'\n"
@@ -243,10 +246,7 @@ def test_the_walk_finds_what_is_there(tmp_path):
         "    site.takes(law.DROPOUT)\n"
         "    return reason or OWN\n"
     )
-    try:
-        counted, skipped = found_in(path)
-    finally:
-        path.unlink()
+    counted, skipped = found_in(path)
     assert counted == {"a reason of its own", "said at once", "dropout"}
     assert skipped == {"takes … of …"}
 
