@@ -192,9 +192,7 @@ RECORDS, _BY_NAME = records(
     becomes="mindiesd.attention_forward",
     why="one fused kernel instead of two products and a softmax with the weights in memory",
     when="query, key and value of one half or float32 dtype, no gradients, no dropout",
-    numerics=(
-        "scores and softmax in float32 or better; a row that sees no key gives zeros instead of NaN"
-    ),
+    numerics="scores and softmax in float32 or better",
 )
 build = builder(_BY_NAME)
 
@@ -295,34 +293,24 @@ def _as_image(out: Tensor, _: Any, __: Any, value: Tensor) -> Tensor:
 # Replacements.
 
 
-def _unfit() -> Callable[[Any, Any, Any], str | None]:
-    """Why three tensors may not go into a kernel, whatever their shapes; None if they may."""
-    from torch import Tensor
-    from torch.overrides import has_torch_function_variadic
+def _without_keys(out: Tensor, largest: Tensor) -> Tensor:
+    """``out`` with NaN in the rows that see no key, as a softmax over nothing gives.
 
-    grad_enabled, jit_tracing, autocast = law.context()
+    Where a kernel gives zeros, whoever writes attention out gets NaN, and may look for it.
 
-    def unfit(x: Any, y: Any, z: Any) -> str | None:
-        if jit_tracing() is not None:
-            return law.JIT_TRACE
-        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(z, Tensor)):
-            return law.NOT_A_TENSOR
-        if has_torch_function_variadic(x, y, z):
-            return law.UNUSUAL_ARGUMENT
-        if autocast():
-            return law.AUTOCAST
-        if grad_enabled() and (x.requires_grad or y.requires_grad or z.requires_grad):
-            return law.GRADIENTS
-        return None
-
-    return unfit
+    Args:
+        out: [..., Sq, Dv].
+        largest: the largest element of each row of the mask, broadcastable to [..., Sq, 1]: minus
+            infinity where all of them are. Zero times a number is zero, times infinity NaN.
+    """
+    return out + (largest * 0).to(out.dtype)
 
 
 def _fused(original: Any, site: Site, read: Read, back: Turn) -> Callable[..., Any]:
     """The replacement of statements whose operands ``read`` understands."""
     from mindiesd.ops import attention
 
-    unfit = _unfit()
+    unfit = law.unfit_for_kernels()
 
     def refusal(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
         reason = None if mask is None else unfit(query, key, mask)
@@ -334,7 +322,10 @@ def _fused(original: Any, site: Site, read: Read, back: Turn) -> Callable[..., A
             found = read(query, key, value, *more)
         if isinstance(found, Call):
             if site.takes(refusal(*found[:4])):
-                return back(attention.attend(*found), query, key, value)
+                out = attention.attend(*found)
+                if found.mask is not None:
+                    out = _without_keys(out, found.mask.amax(-1, keepdim=True))
+                return back(out, query, key, value)
         else:
             site.takes(found)
         return original(query, key, value, *more)
@@ -396,7 +387,7 @@ def build_pooled(original: Any, site: Site) -> Callable[..., Any]:
 
     from mindiesd.patches import modulation
 
-    unfit, hooked = _unfit(), modulation._hook_finder()
+    unfit, hooked = law.unfit_for_kernels(), modulation._hook_finder()
     grad_enabled, _, _ = law.context()
 
     def refusal(attention: Any, probe: Any, states: Any, mask: Any) -> str | None:

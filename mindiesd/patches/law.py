@@ -46,6 +46,33 @@ def context() -> tuple[Callable[[], bool], Callable[[], object], Callable[[], bo
     )
 
 
+def unfit_for_kernels() -> Callable[[Any, Any, Any], str | None]:
+    """Why no kernel may be given three tensors, whatever their shapes and dtypes.
+
+    Returns:
+        A function of the three (twice the same one where there are two); None if a kernel may.
+    """
+    from torch import Tensor
+    from torch.overrides import has_torch_function_variadic
+
+    grad_enabled, jit_tracing, autocast = context()
+
+    def unfit(x: Any, y: Any, z: Any) -> str | None:
+        if jit_tracing() is not None:
+            return JIT_TRACE
+        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(z, Tensor)):
+            return NOT_A_TENSOR
+        if has_torch_function_variadic(x, y, z):
+            return UNUSUAL_ARGUMENT
+        if autocast():
+            return AUTOCAST
+        if grad_enabled() and (x.requires_grad or y.requires_grad or z.requires_grad):
+            return GRADIENTS
+        return None
+
+    return unfit
+
+
 class SignatureChanged(Exception):
     """The target takes other parameters than its replacement was written for."""
 

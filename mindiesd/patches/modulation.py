@@ -413,19 +413,14 @@ def _unlike(*, narrower: bool = False) -> Callable[[Any, Any, Any], str | None]:
         narrower: whether the last two may be half precision where the first is float32.
     """
     import torch
-    from torch import Tensor
-    from torch.overrides import has_torch_function_variadic
 
-    grad_enabled, jit_tracing, autocast = law.context()
+    unfit = law.unfit_for_kernels()
     half_or_single = (torch.float32, torch.bfloat16, torch.float16)
 
     def unlike(x: Any, y: Any, z: Any) -> str | None:
-        if jit_tracing() is not None:
-            return law.JIT_TRACE
-        if not (isinstance(x, Tensor) and isinstance(y, Tensor) and isinstance(z, Tensor)):
-            return law.NOT_A_TENSOR
-        if has_torch_function_variadic(x, y, z):
-            return law.UNUSUAL_ARGUMENT
+        reason = unfit(x, y, z)
+        if reason is not None:
+            return reason
         dtype = x.dtype
         if dtype not in half_or_single:
             return law.DTYPE
@@ -437,10 +432,6 @@ def _unlike(*, narrower: bool = False) -> Callable[[Any, Any, Any], str | None]:
         # A tensor without dimensions may be on another device.
         if x.device != y.device or x.device != z.device:
             return DEVICES
-        if autocast():
-            return law.AUTOCAST
-        if grad_enabled() and (x.requires_grad or y.requires_grad or z.requires_grad):
-            return law.GRADIENTS
         return None
 
     return unlike

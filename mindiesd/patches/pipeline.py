@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import MethodType
@@ -21,6 +22,7 @@ from mindiesd.patches.engine import ENGINE
 from mindiesd.patches.migration import Migration, Options
 from mindiesd.patches.scope import LOCAL, OPEN, Token
 from mindiesd.patches.sparse import PLANS, Plan
+from mindiesd.patches.sweep import own_places
 
 if TYPE_CHECKING:
     from torch.nn import Module
@@ -156,38 +158,73 @@ class _Scoped:
 
     Blocks may nest or overlap on a shared module, in any order: each keeps what it found under an
     attribute of its own and, on leaving, takes its method out of wherever it sits by then.
+
+    Whoever put a forward of their own there before may put back inside the block what they had
+    found, and so drop ours: accelerate's model offload does after each call of a pipeline, and
+    diffusers when it takes a cache off. Ours is then put over what they put there.
     """
 
     def __init__(self, token: Token) -> None:
         self._token = token
-        self._prior = f"{_PRIOR}{next(_numbers)}"
+        self._number = next(_numbers)
+        self._prior = f"{_PRIOR}{self._number}"
         self._by_class: dict[type, Callable[..., Any]] = {}
+        self._alive: dict[int, weakref.ref[MethodType]] = {}
 
     def enter(self, module: Module) -> None:
         # Straight into __dict__: Module.__setattr__ is the user's to override.
         held = vars(module)
-        if "forward" in held:
-            held[self._prior] = held["forward"]
-        held["forward"] = MethodType(self._forward_of(type(module)), module)
+        space, name = self._place(module)
+        if name in space:
+            held[self._prior] = space[name]
+        else:
+            held.pop(self._prior, None)
+        ours = MethodType(self._forward_of(type(module)), module)
+        self._alive[id(module)] = weakref.ref(ours, functools.partial(self._dropped, module))
+        space[name] = ours
+
+    def _place(self, module: Module) -> tuple[dict[str, Any], str]:
+        """Where ours belongs: over all that is there, but for the blocks that were opened later.
+
+        Over that of an enclosing block also where a hook was put over it inside of that block.
+        """
+        held = vars(module)
+        space, name = held, "forward"
+        if _prior_name(held.get(name)) is None:
+            for place in own_places(module):
+                for key, value in place.items():
+                    if _prior_name(value) is not None and not key.startswith(_PRIOR):
+                        space, name = place, key
+        while True:
+            prior = _prior_name(space.get(name))
+            if prior is None or int(prior.removeprefix(_PRIOR)) < self._number:
+                return space, name
+            space, name = held, prior
+
+    def _dropped(self, module: Module, _: object) -> None:
+        if self._token.active:
+            self.enter(module)
 
     def leave(self, module: Module) -> None:
+        self._alive.pop(id(module), None)
         held = vars(module)
         ours = self._by_class.get(type(module))
-        places = [
-            name
-            for name, value in held.items()
+        found = [
+            (space, name)
+            for space in own_places(module)
+            for name, value in space.items()
             if isinstance(value, MethodType) and value.__func__ is ours
         ]
-        for name in places:
+        for space, name in found:
             if self._prior in held:
-                held[name] = held[self._prior]
-            elif name == "forward" or name.startswith(_PRIOR):
+                space[name] = held[self._prior]
+            elif space is held and (name == "forward" or name.startswith(_PRIOR)):
                 del held[name]
             else:
                 # A hook put over ours inside the block (accelerate's _old_forward) will put this
                 # back one day: give it what it would have found without us.
-                held[name] = MethodType(type(module).forward, module)
-        if places:
+                space[name] = MethodType(type(module).forward, module)
+        if found:
             held.pop(self._prior, None)
         # Otherwise something wraps ours where we cannot see it: the chain stays, ours is inert.
 
@@ -230,11 +267,25 @@ def _scoped_forward(kind: Any, token: Token, prior_name: str) -> Callable[..., A
 def scoped_only(module: Any) -> bool:
     """Whether a module has no instance-level forward but that of a scope."""
     own = module.__dict__.get("forward")
+    prior = _prior_name(own)
+    if prior is not None:
+        own = _prior(module, prior)
     if own is None:
         return True
-    if not isinstance(own, MethodType) or _PRIOR not in vars(own.__func__):
-        return False
-    return _prior(module, vars(own.__func__)[_PRIOR]) is None
+    # What taking hooks off leaves behind.
+    return (
+        isinstance(own, MethodType)
+        and own.__self__ is module
+        and own.__func__ is type(module).forward
+    )
+
+
+def _prior_name(forward: Any) -> str | None:
+    """The attribute in which a scope's forward keeps the one before it; None for any other."""
+    if not isinstance(forward, MethodType):
+        return None
+    name: str | None = vars(forward.__func__).get(_PRIOR)
+    return name
 
 
 def _prior(module: Any, name: str) -> Any:

@@ -39,7 +39,9 @@ def patch_all(
             float64; a line that fails goes back to the original and stands in the report.
             0: none.
         strict: raise when any selected patch cannot be applied, and let what a redirect raises
-            through. Otherwise the original is called, and the report says why.
+            through. Otherwise the original is called, and the report says why. A function whose
+            source must be known is read when it is first called: if it is another, that call raises
+            :class:`mindiesd.PatchError`.
         sparse: sparse attention for the long self-attentions of video models, an approximation:
             :class:`mindiesd.SparseOptions`, a mapping of its fields, or a text such as
             ``"rf_v2:0.75"``. ``None``: none.

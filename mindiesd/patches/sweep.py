@@ -5,6 +5,9 @@ module, a class body may keep it as an attribute, a ``def`` as a default value. 
 attribute where the function lives reaches none of these, so they are found by identity. Three kinds
 are rebound, each the way Python looks it up; containers, closures and instances are left alone and
 described, because what they mean is the owner's business.
+
+A fourth is a method that was bound before and is kept by the object that it belongs to, or by its
+hooks: ``module._old_forward`` under accelerate, ``module.forward`` after its hooks were taken off.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import BuiltinFunctionType, CellType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 
@@ -120,6 +123,8 @@ def rebind(
                 for key, value in list(holder.items()):
                     if id(value) in swaps:
                         done.append(_rebind_item(holder, key, swaps[id(value)], f"{name}.{key}"))
+        elif type(holder) is MethodType:
+            _rebind_bound(holder, swaps, to_replacement)
         elif type(holder) is staticmethod:
             wrappers.append(holder)
         elif type(holder) is dict:
@@ -171,6 +176,36 @@ def _namespaces() -> dict[int, str]:
 def _is_operator_entry(holder: tuple[Any, ...]) -> bool:
     """Whether this is an entry of ``torch.jit``'s table of builtins, always there: no call site."""
     return len(holder) == 2 and isinstance(holder[1], str) and holder[1].startswith("aten::")
+
+
+_BOUND = "_mindiesd_bound"
+"""Attribute in which an object keeps its own bound methods that were replaced. Not we: it would
+live for as long as it is patched."""
+
+
+def _rebind_bound(method: MethodType, swaps: Mapping[int, Swap], to_replacement: bool) -> None:
+    """Replace a bound method where its own object keeps it, or put the one from before back."""
+    pair = swaps.get(id(method.__func__))
+    if pair is None:
+        return
+    for place in own_places(method.__self__):
+        for key, value in list(place.items()):
+            if value is not method:
+                continue
+            kept: dict[str, MethodType] = place.pop(_BOUND, {})
+            if to_replacement:
+                place[_BOUND] = {**kept, key: method}
+            before = [old for old in kept.values() if old.__func__ is pair.new]
+            place[key] = before[0] if before else MethodType(pair.new, method.__self__)
+
+
+def own_places(owner: Any) -> list[dict[str, Any]]:
+    """The attributes of an object, and of what diffusers' hooks keep for it."""
+    held = getattr(owner, "__dict__", None)
+    if type(held) is not dict:
+        return []
+    registry = held.get("_diffusers_hook")
+    return [held, *(vars(reference) for reference in getattr(registry, "_fn_refs", ()))]
 
 
 def _rebind_item(namespace: dict[str, Any], key: str, swap: Swap, where: str) -> Holder:
@@ -278,6 +313,11 @@ def describe_holders(
             continue
         if isinstance(holder, functools.partial):
             note([holder.func, *holder.args], "a functools.partial object")
+        elif type(holder) is MethodType:
+            places = own_places(holder.__self__)
+            if not any(old is holder for held in places for old in held.get(_BOUND, {}).values()):
+                kind = type(holder.__self__)
+                note([holder.__func__], f"a bound method of a {_home(kind)}.{kind.__qualname__}")
         elif type(holder) in (dict, list, set, CellType):
             containers[id(holder)] = holder
         else:  # an instance whose attributes have no dictionary of their own yet

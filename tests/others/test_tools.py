@@ -182,6 +182,27 @@ def test_opentelemetry_below_ours_is_refused(runner):
     assert "opentelemetry-instrument mindiesd-run" in line
 
 
+# ddtrace's runner, which does as well, and imports the next sitecustomize on the path.
+
+
+@pytest.mark.parametrize("order", ["around ours", "below ours"])
+def test_ddtrace(runner, order):
+    pytest.importorskip("ddtrace", reason="not in the environment of the tests, see pyproject.toml")
+    ask = "import sys\nprint('theirs', 'ddtrace.bootstrap.sitecustomize' in sys.modules)\n"
+    runner.write("script.py", PROGRAM + ask)
+    program = [sys.executable, "script.py"]
+    # Nothing is sent anywhere.
+    off = ("TRACE", "INSTRUMENTATION_TELEMETRY", "REMOTE_CONFIGURATION", "CRASHTRACKING")
+    quiet = {f"DD_{name}_ENABLED": "false" for name in off}
+    plain = runner.run(["ddtrace-run", *program], **quiet)
+    ours = [*runner.launcher, "--report=r.json"]
+    command = ["ddtrace-run", *ours] if order == "around ours" else [*ours, "ddtrace-run"]
+    done = runner.run([*command, *program], **quiet)
+    assert (done.code, done.out) == (plain.code, plain.out), done.err
+    assert "theirs True" in done.out
+    assert redirected(runner) == 3
+
+
 # Jupyter.
 
 

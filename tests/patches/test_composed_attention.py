@@ -239,6 +239,34 @@ def test_a_changed_method_of_scores_is_not_guessed_at(monkeypatch) -> None:
         composed_attention.build_scored(None, None)
 
 
+def test_strict_raises_where_a_source_is_unknown(monkeypatch) -> None:
+    """In the process and in one block; a block that is not strict goes on beside it."""
+    from diffusers.models import attention as mixins
+    from diffusers.models.attention_processor import Attention
+
+    module, other, given = attention().eval(), attention().eval(), ((torch.randn(2, 9, 32),), {})
+
+    def doubled(self, query, key, attention_mask=None):
+        return torch.softmax(query @ key.transpose(1, 2) * 2, dim=-1)
+
+    monkeypatch.setattr(Attention, "get_attention_scores", doubled)
+    monkeypatch.setattr(mixins.AttentionModuleMixin, "get_attention_scores", doubled)
+    expected = run(module, given)
+    message = "AttnProcessor: .*AttnProcessor.__call__ not rewritten: get_attention_scores"
+    with mindiesd.patch_pipeline(module, only=ONLY, strict=True):
+        with pytest.raises(mindiesd.PatchError, match=message):
+            run(module, given)
+        run(other, given)
+        with mindiesd.patch_pipeline(other, only=ONLY):
+            run(other, given)
+    assert torch.equal(run(module, given), expected)
+    mindiesd.patch_all(only=ONLY, strict=True)
+    with pytest.raises(mindiesd.PatchError, match=message):
+        run(module, given)
+    mindiesd.unpatch_all()
+    assert torch.equal(run(module, given), expected)
+
+
 def test_a_method_of_scores_that_is_replaced_later(monkeypatch) -> None:
     from diffusers.models.attention_processor import Attention
 
@@ -250,6 +278,29 @@ def test_a_method_of_scores_that_is_replaced_later(monkeypatch) -> None:
     assert taken(migration, "self") == (1, {composed_attention.SCORES: 1})
     mindiesd.unpatch_all()
     assert torch.equal(run(module, given), got)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "rows",
+    [[-torch.inf], [torch.inf], [torch.nan], [0.0, -torch.inf], [-4.0], [torch.nan, 0.0]],
+    ids=str,
+)
+def test_a_row_that_sees_no_key_is_nan_as_in_the_original(rows: list[float], dtype) -> None:
+    """And infinities and NaN in the mask come out where they do there."""
+    module = attention().to(dtype).eval()
+    x, states = torch.randn(2, 9, 32, dtype=dtype), torch.randn(2, 4, 32, dtype=dtype)
+    mask = torch.zeros(2, 9, 4, dtype=dtype)
+    mask[0, 3] = torch.tensor([*rows, *[rows[-1]] * (4 - len(rows))], dtype=dtype)
+    mask[1, 5, 2:] = -torch.inf
+    given = (x,), {"encoder_hidden_states": states, "attention_mask": mask}
+    expected = run(module, given)
+    migration = mindiesd.patch_all(only=ONLY)
+    got = run(module, given)
+    assert taken(migration, "self") == (1, {})
+    assert got.isnan().any() == (not torch.isfinite(torch.tensor(rows[0])) or rows[-1] != rows[-1])
+    tolerance = 1e-5 if dtype is torch.float32 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(got, expected, equal_nan=True, atol=tolerance, rtol=tolerance)
 
 
 def test_hooks_see_the_weights() -> None:

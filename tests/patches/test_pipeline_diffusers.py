@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 import mindiesd
+from mindiesd.patches.engine import ENGINE
 from tests.tiny import tiny_flux_pipeline
 
 pytest.importorskip("diffusers")
@@ -146,6 +148,74 @@ def test_lora_loaded_inside_and_unloaded_outside_and_the_other_way_round(pipe: A
 
 
 @pytest.mark.parametrize("when", ["before", "inside"])
+def test_model_offload(pipe: Any, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes its hooks off and puts them on again after each call of the pipeline."""
+    pytest.importorskip("accelerate")
+    expected = draw(pipe)
+    # What a model calls in its own forward, not in a part of it.
+    class_forward, in_force = type(pipe.transformer).forward, ENGINE.state("sdpa").site.in_force
+    seen: list[bool] = []
+
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append(in_force())
+        return class_forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(pipe.transformer), "forward", functools.wraps(class_forward)(watched))
+    if when == "before":
+        pipe.enable_model_cpu_offload(device="cpu")
+        assert close(draw(pipe), expected)
+    with mindiesd.patch_pipeline(pipe) as migration:
+        if when == "inside":
+            pipe.enable_model_cpu_offload(device="cpu")
+        seen.clear()
+        assert close(draw(pipe), expected)
+        once = counts(migration)
+        assert once["sdpa"] > 0
+        for number in (2, 3):
+            assert close(draw(pipe), expected)
+            assert counts(migration) == {name: number * count for name, count in once.items()}
+        pipe.remove_all_hooks()
+        assert close(draw(pipe), expected)
+        assert counts(migration)["sdpa"] == 4 * once["sdpa"]
+        assert len(seen) == 8 and all(seen)
+        inside = counts(migration)
+    assert close(draw(pipe), expected)
+    assert counts(migration) == inside
+    pipe.remove_all_hooks()
+    left = {name for _, _, attributes, _ in held(pipe) for name in attributes}
+    assert not any("mindiesd" in name for name in left)
+    # accelerate leaves the class's forward as an attribute behind; ours is nowhere.
+    forwards = [
+        vars(module)["forward"]
+        for component in pipe.components.values()
+        if isinstance(component, torch.nn.Module)
+        for module in component.modules()
+        if "forward" in vars(module)
+    ]
+    assert all(forward.__func__ is type(forward.__self__).forward for forward in forwards)
+    assert close(draw(pipe), expected)
+
+
+def test_model_offload_in_nested_blocks(pipe: Any) -> None:
+    """The inner block counts its calls, also after the hooks were put on anew."""
+    pytest.importorskip("accelerate")
+    expected = draw(pipe)
+    pipe.enable_model_cpu_offload(device="cpu")
+    with mindiesd.patch_pipeline(pipe) as outer:
+        draw(pipe)
+        once = counts(outer)
+        with mindiesd.patch_pipeline(pipe.transformer) as inner:
+            draw(pipe)
+            first = counts(inner)
+            assert close(draw(pipe), expected)
+            assert counts(inner) == {name: 2 * count for name, count in first.items()}
+        assert close(draw(pipe), expected)
+        for name, count in once.items():
+            assert counts(outer)[name] == 4 * count - counts(inner).get(name, 0)
+    assert close(draw(pipe), expected)
+
+
+@pytest.mark.parametrize("when", ["before", "inside"])
 @pytest.mark.parametrize("kind", ["block_level", "leaf_level"])
 def test_group_offload(pipe: Any, kind: str, when: str) -> None:
     from diffusers.hooks import apply_group_offloading
@@ -192,6 +262,36 @@ def test_layerwise_casting_and_cache_hooks_inside(pipe: Any) -> None:
         assert counts(migration)["sdpa"] == 2 * inside["sdpa"]
     assert np.array_equal(draw(pipe), expected)
     assert len([row[:3] for row in held(pipe)]) == len(before)
+
+
+def test_hooks_from_before_that_are_taken_off_inside(pipe: Any) -> None:
+    from diffusers import FirstBlockCacheConfig
+
+    expected = draw(pipe)
+    with mindiesd.patch_pipeline(pipe) as migration:
+        draw(pipe)
+    once = counts(migration)
+    pipe.transformer.enable_cache(FirstBlockCacheConfig(threshold=0.0))
+    with mindiesd.patch_pipeline(pipe) as migration:
+        assert close(draw(pipe), expected)
+        pipe.transformer.disable_cache()
+        before = counts(migration)
+        assert close(draw(pipe), expected)
+        assert {name: count - before[name] for name, count in counts(migration).items()} == once
+        # Somebody who puts a forward of their own there has us around it.
+        pipe.transformer.forward = pipe.transformer.forward
+        inner = type(pipe.transformer).forward.__get__(pipe.transformer)
+        pipe.transformer.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+        before = counts(migration)
+        assert close(draw(pipe), expected)
+        assert {name: count - before[name] for name, count in counts(migration).items()} == once
+        own = pipe.transformer.forward
+    assert pipe.transformer.forward is not own
+    assert pipe.transformer.forward.__name__ == "<lambda>", "theirs is what stays"
+    del pipe.transformer.forward
+    left = {name for _, _, attributes, _ in held(pipe) for name in attributes}
+    assert not any("mindiesd" in name for name in left)
+    assert np.array_equal(draw(pipe), expected)
 
 
 def test_a_users_subclass(pipe: Any) -> None:

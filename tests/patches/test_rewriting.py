@@ -12,6 +12,7 @@ import traceback
 import pytest
 import torch
 
+from mindiesd import PatchError
 from mindiesd.patches import law
 from mindiesd.patches.ledger import Ledger
 from mindiesd.patches.rewriting import pattern
@@ -429,10 +430,11 @@ def test_another_number_of_matches() -> None:
 # The stand-in.
 
 
-def installed(function, counts=None, everywhere=True):
+def installed(function, counts=None, everywhere=True, strict=False):
     armed = Site("test")
     armed.arm()
     armed.everywhere = everywhere
+    armed.strict = strict
     ledger = Ledger()
     armed.count_to(ledger)
     rule = Rewrite(
@@ -463,6 +465,15 @@ def test_an_unknown_source_is_told_at_every_call() -> None:
     assert made(1.0, y=2.0) == targets.plain(1.0, 2.0)
     reason = "not rewritten: gated found 1 times, 3 are known"
     assert counts.snapshot() == (0, 0, {reason: 2})
+
+
+def test_an_unknown_source_is_an_error_if_it_was_asked_for() -> None:
+    made, counts = installed(targets.plain, {gate("build_law"): 3}, strict=True)
+    message = f"test: {HERE}.plain not rewritten: gated found 1 times, 3 are known"
+    for _ in range(2):
+        with pytest.raises(PatchError, match=message):
+            made(1.0, 2.0)
+    assert counts.snapshot() == (0, 0, {})
 
 
 def test_the_stand_in_looks_like_the_original() -> None:

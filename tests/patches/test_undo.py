@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
-import pytest
+import copy
+import gc
+import weakref
+from typing import Any
 
+import pytest
+import torch
+
+import mindiesd
+from mindiesd.patches import sweep
 from tests.processes import run_python
 
 
@@ -230,3 +238,69 @@ def test_cycles_leak_nothing() -> None:
         assert F.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
         """
     )
+
+
+def test_methods_that_were_bound_before() -> None:
+    """Hooks keep the forward that they found, bound; a class that is patched does not change it."""
+    accelerate = pytest.importorskip("accelerate.hooks")
+    hooks = pytest.importorskip("diffusers.hooks.hooks")
+    x = torch.randn(2, 8)
+
+    def accelerated(norm: Any) -> Any:
+        return accelerate.add_hook_to_module(norm, accelerate.ModelHook())
+
+    def taken_off(norm: Any) -> Any:
+        accelerate.remove_hook_from_module(accelerated(norm))
+        return norm
+
+    def hooked(norm: Any) -> Any:
+        registry = hooks.HookRegistry.check_if_exists_or_initialize(norm)
+        registry.register_hook(hooks.ModelHook(), "nothing")
+        return norm
+
+    changes = (accelerated, taken_off, hooked)
+    before = [change(torch.nn.LayerNorm(8)) for change in changes]
+
+    def kept(norm: Any) -> list[Any]:
+        return [list(place.items()) for place in sweep.own_places(norm)]
+
+    expected, attributes = [norm(x) for norm in before], [kept(norm) for norm in before]
+    with torch.no_grad():
+        migration = mindiesd.patch_all(only="torch_layer_norm")
+        for number, norm in enumerate(before, 1):
+            torch.testing.assert_close(norm(x), expected[number - 1])
+            (patch,) = migration.report().patches
+            assert (patch.redirected, patch.unreached) == (number, [])
+        # Of a copy, and of what was hooked inside, nothing stays either.
+        copied = copy.deepcopy(before)
+        inside = [change(torch.nn.LayerNorm(8)) for change in changes]
+        for norm in (*copied, *inside):
+            norm(x)
+        assert migration.report().patches[0].redirected == 9
+        # A model may go while it is patched.
+        going = weakref.ref(before[0])
+        there = [attributes[0], before.pop(0), expected.pop(0)]
+        del there, attributes[0], norm
+        gc.collect()
+        assert going() is None
+        mindiesd.unpatch_all()
+    for norm, was, result in zip(before, attributes, expected, strict=True):
+        now = kept(norm)
+        assert all(
+            key == other and value is same
+            for place, old in zip(now, was, strict=True)
+            for (key, value), (other, same) in zip(place, old, strict=True)
+        )
+        assert torch.equal(norm(x), result)
+    for norm in (*copied, *inside):
+        assert not any("mindiesd" in key for place in kept(norm) for key, _ in place)
+        norm(x)
+    assert migration.report().patches[0].redirected == 9
+
+
+def test_a_bound_method_that_is_kept_elsewhere_is_told() -> None:
+    kept = [torch.nn.LayerNorm(8).forward]
+    migration = mindiesd.patch_all(only="torch_layer_norm")
+    (patch,) = migration.report().patches
+    assert patch.unreached == ["a bound method of a torch.nn.modules.normalization.LayerNorm"]
+    del kept

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from types import FunctionType
 from typing import Any
 
+from mindiesd.errors import PatchError
 from mindiesd.patches.rewriting.rules import Rewrite
 from mindiesd.patches.scope import Site
 
@@ -56,14 +57,20 @@ class Lazy:
         except Exception as error:  # noqa: BLE001 - the user's call must not fail of this
             self.reason = f"could not be rewritten: {type(error).__name__}: {error}"
             _log.debug("%s", self._site.name, exc_info=True)
-        _log.warning("%s.%s %s", self._rule.module, self._rule.qualname, self.reason)
-        return _counting(self._original, self._site, self.reason)
+        target = f"{self._rule.module}.{self._rule.qualname}"
+        _log.warning("%s %s", target, self.reason)
+        return _counting(self._original, self._site, target, self.reason)
 
 
-def _counting(original: Callable[..., Any], site: Site, reason: str) -> Callable[..., Any]:
-    """The original, with every call counted as fallen back."""
+def _counting(
+    original: Callable[..., Any], site: Site, target: str, reason: str
+) -> Callable[..., Any]:
+    """The original, with every call counted as fallen back; under ``strict`` it raises."""
 
     def unknown(*args: Any, **kwargs: Any) -> Any:
+        if site.strict_now():
+            # Sources are read at the first call: patch_all had nothing to raise yet.
+            raise PatchError(f"cannot be applied: {site.name}: {target} {reason}")
         site.takes(reason)
         return original(*args, **kwargs)
 
