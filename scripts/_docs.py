@@ -1,7 +1,7 @@
 """Writes the pages of docs/ that are generated.
 
 docs/patches.md comes from the patch records, docs/specification.md from the tests named after the
-statements of the layers API.
+statements of the layers API, docs/benchmarks.md with its charts from the runs in docs/benchmarks/.
 
 python scripts/_docs.py            writes them
 python scripts/_docs.py --check    fails when one is not up to date
@@ -12,6 +12,9 @@ from __future__ import annotations
 import ast
 import sys
 from pathlib import Path
+
+import _bench_page
+import _history
 
 from mindiesd.patches.registry import FAMILIES, records
 
@@ -90,14 +93,15 @@ PAGES = {"patches.md": patches_page, "specification.md": specification_page}
 def main() -> int:
     """Write the pages, or say which are stale."""
     stale = []
-    for name, build in PAGES.items():
-        path = DOCS / name
-        text = build()
+    pages = {DOCS / name: build() for name, build in PAGES.items()}
+    if _history.history():
+        pages |= _bench_page.files()
+    for path, text in pages.items():
         if "--check" in sys.argv[1:]:
             if not path.exists() or path.read_text(encoding="utf-8") != text:
-                stale.append(name)
+                stale.append(path.name)
         else:
-            DOCS.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
     if stale:
         print(f"not up to date: {', '.join(stale)}; run python scripts/_docs.py", file=sys.stderr)
