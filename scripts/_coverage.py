@@ -1,6 +1,6 @@
 """Runs every tiny model on the emulated NPU, unpatched and patched, and writes docs/coverage.md.
 
-    .venv-npu/bin/python scripts/_coverage.py [--only NAME …] [--write docs/coverage.md]
+    .venv-npu/bin/python scripts/_coverage.py [--only NAME …] [--write docs/coverage.md] [--json F]
     .venv-npu/bin/python scripts/_coverage.py --check [PAGE] [--only NAME …]
 
 Each figure is a count of the dispatcher's launches during one forward, so it is exact and the same
@@ -17,9 +17,11 @@ import pkgutil
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import _matrix
 from _fit import misfits
+from _history import Figure, figures_to_json
 from _runs import Row, rows
 from packaging.version import Version
 
@@ -131,6 +133,55 @@ def page(found: list[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def figures(found: list[Row]) -> list[Figure]:
+    """The sums and each model's counts, for scripts/bench. Counts: any increase is a regression."""
+    both = [row for row in found if not (row.absent or row.before.failed or row.after.failed)]
+
+    def sums(what: str) -> tuple[int, int]:
+        return (
+            sum(getattr(row.before, what) for row in both),
+            sum(getattr(row.after, what) for row in both),
+        )
+
+    ran = sum(not (row.absent or row.after.failed) for row in found)
+    ran_before = sum(not (row.absent or row.before.failed) for row in found)
+    sized = [
+        Figure(name="models that run", value=ran, better="more", details={"unpatched": ran_before})
+    ]
+    for what, name, unit in (
+        ("launches", "launches, of unpatched", "%"),
+        ("read", "bytes read and written, of unpatched", "%"),
+        ("softmax", "softmax kernels of attention", "launches"),
+        ("views", "hidden copies that another layout would have saved", "copies"),
+        ("needed", "hidden copies needed in any layout", "copies"),
+        ("slices", "hidden copies of slices", "copies"),
+        ("casts", "dtype casts", "launches"),
+    ):
+        before, after = sums(what)
+        if unit == "%" and not before:
+            continue
+        value = 100 * after / before if unit == "%" else after
+        details = {"unpatched": before, "patched": after}
+        # A percentage that is the same is the same number; bytes may differ in the last digit.
+        sized.append(Figure(name=name, value=value, unit=unit, slack=1e-9, details=details))
+    for row in both:
+        counted: dict[str, Any] = {
+            "unpatched": row.before.launches,
+            "bytes": [row.before.read, row.after.read],
+            "copies": [run.views + run.needed + run.slices for run in (row.before, row.after)],
+            "error": [row.before.error, row.after.error],
+        }
+        sized.append(
+            Figure(
+                name=f"launches of {row.name}",
+                value=row.after.launches,
+                unit="launches",
+                details=counted,
+            )
+        )
+    return sized
+
+
 def command(page: Path) -> str:
     """What makes a page of the matrix."""
     if page.name == MATRIX.name:
@@ -145,6 +196,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="*", default=[], help="names of models")
     parser.add_argument("--write", type=Path, help="also write the page to this file")
+    parser.add_argument(
+        "--json", type=Path, help="write the figures for scripts/bench to this file"
+    )
     parser.add_argument("--matrix", type=Path, help="write the matrix of operations to this file")
     parser.add_argument(
         "--check",
@@ -167,6 +221,8 @@ def main() -> int:
     print(text)
     if options.write:
         options.write.write_text(text, encoding="utf-8")
+    if options.json:
+        options.json.write_text(figures_to_json(figures(found)), encoding="utf-8")
     if options.matrix:
         told = _matrix.page(found, misfits(), versions(), command(options.matrix))
         options.matrix.write_text(told, encoding="utf-8")

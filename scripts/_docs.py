@@ -2,7 +2,8 @@
 
 docs/patches.md and its overview docs/guides/what_is_redirected.md come from the patch records,
 docs/guides/fallbacks.md from scripts/_reasons.py, docs/specification.md from the tests named after
-the statements of the layers API.
+the statements of the layers API, docs/benchmarks.md with its charts from the runs in
+docs/benchmarks/.
 
 python scripts/_docs.py            writes them
 python scripts/_docs.py --check    fails when one is not up to date
@@ -14,6 +15,8 @@ import ast
 import sys
 from pathlib import Path
 
+import _bench_page
+import _history
 import _reasons
 
 from mindiesd.patches.registry import FAMILIES, Patch, left, records
@@ -176,14 +179,15 @@ PAGES = {
 def main() -> int:
     """Write the pages, or say which are stale."""
     stale = []
-    for name, build in PAGES.items():
-        path = DOCS / name
-        text = build()
+    pages = {DOCS / name: build() for name, build in PAGES.items()}
+    if _history.history():
+        pages |= _bench_page.files()
+    for path, text in pages.items():
         if "--check" in sys.argv[1:]:
             if not path.exists() or path.read_text(encoding="utf-8") != text:
-                stale.append(name)
+                stale.append(path.name)
         else:
-            DOCS.mkdir(exist_ok=True)
+            path.parent.mkdir(exist_ok=True)
             path.write_text(text, encoding="utf-8")
     if stale:
         print(f"not up to date: {', '.join(stale)}; run python scripts/_docs.py", file=sys.stderr)

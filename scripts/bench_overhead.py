@@ -4,7 +4,9 @@ Every figure is a difference or a ratio of two things measured in one run, alter
 that does other work the smallest of many repetitions is what the code costs, so that is what is
 compared for single calls; the median is used for whole programs.
 
-    python scripts/bench_overhead.py [--write docs/benchmarks.md]
+    python scripts/bench_overhead.py [--json FILE] [--write PAGE] [--quick]
+
+scripts/bench runs this and the other measurements, and keeps the figures.
 """
 
 from __future__ import annotations
@@ -24,37 +26,33 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+
+import _layer_calls
+from _history import Figure, figures_to_json, goals
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+
+# How much worse a figure may be than in another run of the same machine: part of it, and on top.
+TOLERANCES = {"µs": (0.1, 0.3), "ms": (0.2, 10.0), "×": (0.0, 0.03)}
 
 
-class Row:
-    """One measured line: what, figure, goal, whether it is met."""
-
-    def __init__(self, what: str, value: float, goal: float, unit: str) -> None:
-        self.what, self.value, self.goal, self.unit = what, value, goal, unit
-
-    def cells(self) -> list[str]:
-        digits = 3 if self.unit == "×" else 2 if self.unit == "µs" else 0
-        met = "yes" if self.value <= self.goal else "**no**"
-        return [
-            self.what,
-            f"{self.value:.{digits}f} {self.unit}",
-            f"≤ {self.goal:g} {self.unit}",
-            met,
-        ]
+def figure(what: str, value: float, goal: float, unit: str) -> Figure:
+    tolerance, slack = TOLERANCES[unit]
+    return Figure(name=what, value=value, unit=unit, goal=goal, tolerance=tolerance, slack=slack)
 
 
 Case = tuple[str, Callable[[], object], Callable[[], object], float]
 
 
-def added(cases: list[Case]) -> list[Row]:
+def added(cases: list[Case], quick: bool = False) -> list[Figure]:
     """Microseconds that each case takes more than its bare counterpart.
 
     Minima over repetitions that go round all cases several times: what else the machine does comes
     in bursts, and must not fall on one case alone.
     """
-    calls, rounds, repeats = 2000, 8, 8
+    calls, rounds, repeats = (100, 1, 2) if quick else (2000, 8, 8)
     best = [[float("inf"), float("inf")] for _ in cases]
     for _ in range(rounds):
         for minima, (_, *pair, _) in zip(best, cases, strict=True):
@@ -62,12 +60,12 @@ def added(cases: list[Case]) -> list[Row]:
                 for which, function in enumerate(pair):
                     minima[which] = min(minima[which], timeit.timeit(function, number=calls))
     return [
-        Row(what, (ours - bare) / calls * 1e6, goal, "µs")
+        figure(what, (ours - bare) / calls * 1e6, goal, "µs")
         for (what, _, _, goal), (ours, bare) in zip(cases, best, strict=True)
     ]
 
 
-def call_rows() -> list[Row]:
+def call_rows(quick: bool = False) -> list[Figure]:
     import torch
     import torch.nn.functional as F
     from diffusers.models import embeddings, normalization
@@ -170,7 +168,8 @@ def call_rows() -> list[Row]:
             ),
         ]
         rows = added(
-            [*falling_back, *((f"{what}, kernel a no-op", *rest) for what, *rest in redirected)]
+            [*falling_back, *((f"{what}, kernel a no-op", *rest) for what, *rest in redirected)],
+            quick,
         )
         for name, kernel in real.items():
             setattr(native, name, kernel)
@@ -178,12 +177,11 @@ def call_rows() -> list[Row]:
     return rows
 
 
-def layer_rows() -> list[Row]:
+def layer_rows(quick: bool = False) -> list[Figure]:
     """The layer functions called directly, in every mode."""
     import torch
 
     from mindiesd.ops.backends import native
-    from scripts import _layer_calls
 
     torch.set_num_threads(1)
 
@@ -195,7 +193,7 @@ def layer_rows() -> list[Row]:
         for name in real:
             setattr(native, name, nothing)
         try:
-            return added(_layer_calls.cases(nothing))
+            return added(_layer_calls.cases(nothing), quick)
         finally:
             for name, kernel in real.items():
                 setattr(native, name, kernel)
@@ -207,7 +205,7 @@ def milliseconds(command: list[str]) -> float:
     return (time.perf_counter() - begin) * 1e3
 
 
-def start_rows(rounds: int) -> list[Row]:
+def start_rows(rounds: int) -> list[Figure]:
     # An installed package is compiled already.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     launcher = Path(sys.executable).with_name("mindiesd-run")
@@ -237,22 +235,22 @@ print((time.perf_counter() - begin) * 1e3)
                 [sys.executable, "-c", code], check=True, capture_output=True, text=True
             ).stdout.split()[-1]
         )
-        for _ in range(5)
+        for _ in range(min(5, rounds))
     ]
     return [
-        Row(
+        figure(
             importing,
             middle["imported"] - middle["bare"],
             30,
             "ms",
         ),
-        Row(
+        figure(
             "`mindiesd-run python -c pass`, added to `python -c pass`",
             middle["launched"] - middle["bare"],
             150,
             "ms",
         ),
-        Row(
+        figure(
             "`patch_all()` after importing diffusers and transformers",
             statistics.median(patching),
             300,
@@ -261,7 +259,7 @@ print((time.perf_counter() - begin) * 1e3)
     ]
 
 
-def pipeline_rows(rounds: int) -> list[Row]:
+def pipeline_rows(rounds: int) -> list[Figure]:
     import torch
     from diffusers import DiffusionPipeline
 
@@ -290,7 +288,8 @@ def pipeline_rows(rounds: int) -> list[Row]:
             (patched if patch else plain).append(draw())
             mindiesd.unpatch_all()
         ratios.append(patched[-1] / plain[-1])
-    rows = [Row("the demo's pipeline, patched / unpatched", statistics.median(ratios), 1.02, "×")]
+    what = "the demo's pipeline, patched / unpatched"
+    rows = [figure(what, statistics.median(ratios), 1.02, "×")]
     # What verify=N costs once its N calls are through.
     ratios = []
     for number in range(rounds):
@@ -302,39 +301,43 @@ def pipeline_rows(rounds: int) -> list[Row]:
             mindiesd.unpatch_all()
         ratios.append(taken[1] / taken[0])
     what = "the same after `verify=1` has seen every line / without it"
-    return [*rows, Row(what, statistics.median(ratios), 1.02, "×")]
-
-
-def table(rows: list[Row]) -> str:
-    lines = ["| what | measured | goal | met |", "|---|---|---|---|"]
-    lines += ["| " + " | ".join(row.cells()) + " |" for row in rows]
-    return "\n".join(lines)
+    return [*rows, figure(what, statistics.median(ratios), 1.02, "×")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", type=Path, help="also write the page to this file")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--write", type=Path, help="also write a page to this file")
     parser.add_argument("--rounds", type=int, default=15, help="interleaved whole-program runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="to see that it runs: the figures mean nothing"
+    )
     options = parser.parse_args()
-    rows = call_rows() + layer_rows() + start_rows(options.rounds) + pipeline_rows(options.rounds)
+    rounds = 1 if options.quick else options.rounds
+    figures = [
+        *call_rows(options.quick),
+        *layer_rows(options.quick),
+        *start_rows(rounds),
+        *pipeline_rows(rounds),
+    ]
+    if options.json:
+        options.json.write_text(figures_to_json(figures), encoding="utf-8")
     import torch
 
     page = f"""# Host overhead
 
 What patching costs on a machine without an NPU: added host time per call, start-up, and a whole
-pipeline. Made by `python scripts/bench_overhead.py --write docs/benchmarks.md` on {
-        datetime.date.today().isoformat()
-    }
+pipeline. Made by `python scripts/bench_overhead.py` on {datetime.date.today().isoformat()}
 ({platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, torch {
         torch.__version__
     }). Single calls compare minima of
 alternating repetitions, whole programs medians of alternating runs.
 
-{table(rows)}
+{goals(figures)}
 """
     print(page)
     if options.write:
-        options.write.write_text(page)
+        options.write.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

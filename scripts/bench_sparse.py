@@ -5,7 +5,9 @@ are given: of the smallest wall times, and of the smallest processor times. Othe
 machine makes dense SDPA's threads wait for each other and flatters the first; a goal counts as met
 when both meet it. Estimating the blocks and rearranging the tokens are part of every call.
 
-    python scripts/bench_sparse.py [--quick] [--write docs/sparse_benchmark.md]
+    python scripts/bench_sparse.py [--quick] [--json FILE] [--write docs/sparse_benchmark.md]
+
+scripts/bench runs this and the other measurements, and keeps the figures.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from _history import Figure, figures_to_json
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
 
 THREADS = 2
 DIM = 128
@@ -54,7 +59,11 @@ def calls(length: int, heads: int, dtype: str) -> dict[str, Callable[[], object]
     return found
 
 
-def speed(length: int, heads: int, dtype: str, rounds: int) -> list[list[str]]:
+def case(length: int, heads: int, dtype: str, kind: str, share: float) -> str:
+    return f"{kind} {share:g}, S={length}, {heads} heads, {dtype}"
+
+
+def speed(length: int, heads: int, dtype: str, rounds: int) -> list[Figure]:
     import torch
 
     torch.set_num_threads(THREADS)
@@ -78,27 +87,31 @@ def speed(length: int, heads: int, dtype: str, rounds: int) -> list[list[str]]:
                 best["dense"][which] / best[f"{kind} {share}"][which] for which in (0, 1)
             )
             rows.append(
-                [
-                    str(length),
-                    str(heads),
-                    dtype,
-                    kind,
-                    f"{share:g}",
-                    f"{best['dense'][0] * 1e3:.0f} ms",
-                    f"{best[f'{kind} {share}'][0] * 1e3:.0f} ms",
-                    f"{by_wall:.2f} ×",
-                    f"{by_cpu:.2f} ×",
-                    f"{goal:.1f} ×",
-                    "yes" if min(by_wall, by_cpu) >= goal else "**no**",
-                ]
+                Figure(
+                    name=f"faster than dense: {case(length, heads, dtype, kind, share)}",
+                    value=min(by_wall, by_cpu),
+                    unit="×",
+                    better="more",
+                    goal=goal,
+                    tolerance=0.15,
+                    details={
+                        "table": "time",
+                        "shape": [length, heads, dtype],
+                        "strategy": [kind, share],
+                        "dense_ms": best["dense"][0] * 1e3,
+                        "sparse_ms": best[f"{kind} {share}"][0] * 1e3,
+                        "wall": by_wall,
+                        "processor": by_cpu,
+                    },
+                )
             )
     return rows
 
 
 _CHILD = """
 import sys, torch
-sys.path.insert(0, {root!r})
-from scripts import bench_sparse as bench
+sys.path[:0] = [{root!r}, {root!r} + "/scripts"]
+import bench_sparse as bench
 torch.set_num_threads(bench.THREADS)
 
 def memory(kind):
@@ -129,29 +142,32 @@ def peak(length: int, heads: int, dtype: str, name: str) -> float:
     return int(done.stdout.split()[-1]) / 1024
 
 
-def memory(length: int, heads: int, dtype: str) -> list[list[str]]:
+def memory(length: int, heads: int, dtype: str) -> list[Figure]:
     dense = peak(length, heads, dtype, "dense")
     rows = []
     for kind in TYPES:
         for share in (SHARES[0], SHARES[-1]):
             sparse = peak(length, heads, dtype, f"{kind} {share}")
             rows.append(
-                [
-                    str(length),
-                    str(heads),
-                    dtype,
-                    kind,
-                    f"{share:g}",
-                    f"{dense:.1f} MiB",
-                    f"{sparse:.1f} MiB",
-                    f"{sparse / dense:.3f} ×",
-                    "yes" if sparse <= 1.1 * dense else "**no**",
-                ]
+                Figure(
+                    name=f"memory of dense: {case(length, heads, dtype, kind, share)}",
+                    value=sparse / dense,
+                    unit="×",
+                    goal=1.1,
+                    slack=0.08,
+                    details={
+                        "table": "memory",
+                        "shape": [length, heads, dtype],
+                        "strategy": [kind, share],
+                        "dense_mib": dense,
+                        "sparse_mib": sparse,
+                    },
+                )
             )
     return rows
 
 
-def quality() -> list[list[str]]:
+def quality() -> list[Figure]:
     """Relative error of the output on attention that is local, with sinks: docs/sparse.md."""
     import torch
 
@@ -179,7 +195,16 @@ def quality() -> list[list[str]]:
         ]
         results.append(kernel.over_blocks(q, k, v, chance, q.shape[-1] ** -0.5))
         errors = [((out - dense).norm() / dense.norm()).item() for out in results]
-        rows.append([f"{share:g}", *(f"{error:.3f}" for error in errors)])
+        rows += [
+            Figure(
+                name=f"relative error: {kind} {share:g}",
+                value=error,
+                tolerance=0.02,
+                slack=0.002,
+                details={"table": "quality", "strategy": [kind, share]},
+            )
+            for kind, error in zip((*TYPES, "random"), errors, strict=True)
+        ]
     return rows
 
 
@@ -188,25 +213,90 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
 
 
+def of(figures: list[Figure], name: str) -> list[Figure]:
+    return [figure for figure in figures if figure.details["table"] == name]
+
+
+def cells(figure: Figure) -> list[str]:
+    length, heads, dtype = figure.details["shape"]
+    kind, share = figure.details["strategy"]
+    return [str(length), str(heads), dtype, kind, f"{share:g}"]
+
+
+def met(figure: Figure) -> str:
+    return "yes" if figure.met else "**no**"
+
+
+def times_table(figures: list[Figure]) -> str:
+    header = ["S", "heads", "dtype", "strategy", "sparsity"]
+    header += ["dense", "sparse", "wall", "processor", "goal", "met"]
+    rows = []
+    for figure in of(figures, "time"):
+        known = figure.details
+        rows.append(
+            [
+                *cells(figure),
+                f"{known['dense_ms']:.0f} ms",
+                f"{known['sparse_ms']:.0f} ms",
+                f"{known['wall']:.2f} ×",
+                f"{known['processor']:.2f} ×",
+                f"{figure.goal:.1f} ×",
+                met(figure),
+            ]
+        )
+    return table(header, rows)
+
+
+def memory_table(figures: list[Figure]) -> str:
+    header = ["S", "heads", "dtype", "strategy", "sparsity", "dense", "sparse", "ratio", "≤ 1.1"]
+    rows = [
+        [
+            *cells(figure),
+            f"{figure.details['dense_mib']:.1f} MiB",
+            f"{figure.details['sparse_mib']:.1f} MiB",
+            f"{figure.value:.3f} ×",
+            met(figure),
+        ]
+        for figure in of(figures, "memory")
+    ]
+    return table(header, rows)
+
+
+def quality_table(figures: list[Figure]) -> str:
+    kinds = [*TYPES, "random"]
+    errors: dict[float, dict[str, str]] = {}
+    for figure in of(figures, "quality"):
+        kind, share = figure.details["strategy"]
+        errors.setdefault(share, {})[kind] = f"{figure.value:.3f}"
+    rows = [[f"{share:g}", *(found[kind] for kind in kinds)] for share, found in errors.items()]
+    return table(["sparsity", *kinds], rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", type=Path, help="also write the page to this file")
     parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
-    parser.add_argument("--quick", action="store_true", help="one shape only")
+    parser.add_argument("--quick", action="store_true", help="one small shape, one round")
     options = parser.parse_args()
     shapes = [
         (length, heads, dtype)
         for dtype in ("float32", "bfloat16")
         for length, heads in ((8192, 2), (8192, 8), (16384, 2))
     ]
+    rounds = options.rounds
     if options.quick:
-        shapes = shapes[:1]
-    times, sizes = [], []
-    for shape in shapes:
-        times += speed(*shape, options.rounds)
-        print(table(["S"] * 11, times[-6:]), flush=True)
-        sizes += memory(*shape)
-        print(table(["S"] * 9, sizes[-4:]), flush=True)
+        shapes, rounds = [(4096, 1, "float32")], 1
+    figures: list[Figure] = []
+    for number, shape in enumerate(shapes, 1):
+        figures += speed(*shape, rounds)
+        figures += memory(*shape)
+        length, heads, dtype = shape
+        done = f"S={length}, {heads} heads, {dtype} measured ({number} of {len(shapes)})"
+        print(done, file=sys.stderr, flush=True)
+    figures += quality()
+    if options.json:
+        options.json.write_text(figures_to_json(figures), encoding="utf-8")
     import torch
 
     page = f"""# Sparse attention, measured
@@ -216,39 +306,17 @@ Made by `python scripts/bench_sparse.py --write docs/sparse_benchmark.md` on {
     }
 ({platform.machine()}, {os.cpu_count()} cores, {THREADS} threads, torch {torch.__version__}, load {
         os.getloadavg()[0]:.1f} when it ended).
-Head dimension {DIM}, batch 1. Time ratios are of minima over {options.rounds} interleaved rounds.
+Head dimension {DIM}, batch 1. Time ratios are of minima over {rounds} interleaved rounds.
 
 ## Time
 
-{
-        table(
-            [
-                "S",
-                "heads",
-                "dtype",
-                "strategy",
-                "sparsity",
-                "dense",
-                "sparse",
-                "wall",
-                "processor",
-                "goal",
-                "met",
-            ],
-            times,
-        )
-    }
+{times_table(figures)}
 
 ## Memory
 
 What a process grows by for the tensors, the result and everything in between.
 
-{
-        table(
-            ["S", "heads", "dtype", "strategy", "sparsity", "dense", "sparse", "ratio", "≤ 1.1"],
-            sizes,
-        )
-    }
+{memory_table(figures)}
 
 ## Quality
 
@@ -256,11 +324,11 @@ Relative error of the output against dense attention, on queries and keys whose 
 in t, h and w, with a few sinks (`tests/video.py`); the values are independent noise, so nothing is
 gained from neighbours being alike. "Random" keeps as many blocks of the same tokens.
 
-{table(["sparsity", *TYPES, "random"], quality())}
+{quality_table(figures)}
 """
     print(page)
     if options.write:
-        options.write.write_text(page)
+        options.write.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

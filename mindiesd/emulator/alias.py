@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindiesd.emulator import outline
+
 _CPU = torch.device("cpu")
 NPU = torch.device("npu", 0)
 
 _storage_at: Any = torch._C._construct_storage_from_data_pointer
+_untyped: Any = torch.UntypedStorage
 _empty = torch.ops.aten.empty.memory_format
 _set = torch.ops.aten.set_.source_Storage_storage_offset
 _empty_strided = torch.ops.aten.empty_strided.default
@@ -38,7 +41,8 @@ def is_npu(value: object) -> bool:
 def cpu_alias(tensor: Tensor, storages: dict[int, Any] | None = None) -> Tensor:
     """A CPU tensor over the same memory, with the same geometry, conjugate and negative bits.
 
-    It must not outlive ``tensor``.
+    It must not outlive ``tensor``. Where nothing is to be computed (see ``outline``) it is a meta
+    tensor, over no memory.
 
     Args:
         tensor: a tensor in the device's memory.
@@ -49,10 +53,13 @@ def cpu_alias(tensor: Tensor, storages: dict[int, Any] | None = None) -> Tensor:
     address = storage.data_ptr()
     shared = None if storages is None else storages.get(address)
     if shared is None:
-        shared = _storage_at(address, _CPU, storage.nbytes())
+        if outline.now:
+            shared = _untyped(storage.nbytes(), device="meta")
+        else:
+            shared = _storage_at(address, _CPU, storage.nbytes())
         if storages is not None:
             storages[address] = shared
-    alias: Tensor = _empty([0], dtype=tensor.dtype, device=_CPU)
+    alias: Tensor = _empty([0], dtype=tensor.dtype, device=outline.device())
     _set(alias, shared, tensor.storage_offset(), tensor.size(), tensor.stride())
     if tensor.is_conj():
         torch._C._set_conj(alias, True)
@@ -78,7 +85,7 @@ def npu_copy(tensor: Tensor, keep_strides: bool = False) -> Tensor:
     size = tensor.size()
     strides = tensor.stride() if keep_strides else contiguous_strides(size)
     result: Tensor = _empty_strided(size, strides, dtype=tensor.dtype, device=NPU)
-    if tensor.numel():
+    if tensor.numel() and not outline.now:
         _copy(cpu_alias(result), tensor)
     return result
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindiesd.emulator import record
+from mindiesd.emulator import outline, record
 from mindiesd.emulator.alias import cpu_alias, require_device
 from mindiesd.emulator.call import Call, below
 from mindiesd.emulator.copies import resize_out
@@ -82,9 +82,9 @@ def _writes(argument: Any) -> bool:
 
 
 def _fresh(out: Any) -> Any:
-    """Empty CPU tensors to be filled in place of ``out=`` tensors, which may alias the inputs."""
+    """Empty tensors to be filled in place of ``out=`` tensors, which may alias the inputs."""
     if isinstance(out, Tensor):
-        return torch.empty([0], dtype=out.dtype, device=_CPU)
+        return torch.empty([0], dtype=out.dtype, device=outline.device())
     return [_fresh(item) for item in out]
 
 
@@ -150,7 +150,7 @@ def cpu_kernel(name: str) -> Callable[..., Any]:
                 call.require_one_device()
             if takes_device:
                 require_device(kwargs.get("device"))
-                cpu_kwargs["device"] = _CPU
+                cpu_kwargs["device"] = outline.device()
                 cpu_kwargs.pop("pin_memory", None)
             if takes_generator:
                 where = positions["generator"]

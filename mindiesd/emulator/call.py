@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mindiesd.emulator import outline
 from mindiesd.emulator.alias import cpu_alias, npu_copy, npu_view
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
@@ -55,10 +56,13 @@ class Call:
             if value.device.type == "npu":
                 self._require_strided(value)
                 result = cpu_alias(value, self._storages)
-                self._originals.setdefault(value.untyped_storage().data_ptr(), value)
+                self._originals.setdefault(result.untyped_storage()._cdata, value)
                 return result
             if value.dim() and value.device.type == "cpu":
                 self.host = value
+                # Operators of npu:: read what they take from the host.
+                if outline.now and self.name.startswith("aten::"):
+                    return value.to("meta")
             return value
         if isinstance(value, (list, tuple)):
             return [self.alias(item) for item in value]
@@ -69,7 +73,7 @@ class Call:
         if isinstance(value, Tensor):
             self._require_strided(value)
             if value.numel():
-                original = self._originals.get(value.untyped_storage().data_ptr())
+                original = self._originals.get(value.untyped_storage()._cdata)
                 if original is not None and original.dtype == value.dtype:
                     return npu_view(original, value)
             return npu_copy(value, keep_strides)

@@ -24,6 +24,7 @@ int mindiesd_emulator_empty_library(void) { return 0; }
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 typedef int aclError;
@@ -34,6 +35,7 @@ typedef void *handle;
 #define ERROR_FEATURE_UNSUPPORTED 200006 /* ACL_ERROR_FEATURE_UNSUPPORTED */
 #define ERROR_BAD_ALLOC 200000           /* ACL_ERROR_BAD_ALLOC */
 #define ALIGNMENT 512                    /* aclrtMalloc's, as its documentation states it */
+#define RESERVED (1 << 20)               /* blocks from this size on can be address space */
 
 static __thread char recent_error[512];
 
@@ -126,16 +128,34 @@ aclError aclGetCannAttribute(int attribute, int32_t *value) { *value = attribute
 
 static size_t in_use;
 
+/* Whether large blocks are address space first, and memory only where they are written (outline.py). */
+static int reserve_only;
+void mindiesdReserveOnly(int on) { reserve_only = on; }
+
+/* What sits in front of a block, so that free memory can be told. */
+struct front {
+    size_t whole;
+    int mapped;
+};
+
 static aclError take(void **pointer, size_t size) {
-    /* The size sits in front of the block so that free memory can be told. */
     unsigned char *block = NULL;
-    size_t whole = ((size + ALIGNMENT - 1) / ALIGNMENT + 1) * ALIGNMENT;
-    if (size > SIZE_MAX - 2 * ALIGNMENT || posix_memalign((void **)&block, ALIGNMENT, whole)) {
+    struct front front = {((size + ALIGNMENT - 1) / ALIGNMENT + 1) * ALIGNMENT, 0};
+    int failed = size > SIZE_MAX - 2 * ALIGNMENT;
+    if (!failed && reserve_only && front.whole >= RESERVED) {
+        block = mmap(NULL, front.whole, PROT_READ | PROT_WRITE,
+                     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        front.mapped = 1;
+        failed = block == MAP_FAILED;
+    } else if (!failed) {
+        failed = posix_memalign((void **)&block, ALIGNMENT, front.whole);
+    }
+    if (failed) {
         snprintf(recent_error, sizeof recent_error, "out of host memory: %zu bytes", size);
         return ERROR_BAD_ALLOC;
     }
-    memcpy(block, &whole, sizeof whole);
-    __atomic_add_fetch(&in_use, whole, __ATOMIC_RELAXED);
+    memcpy(block, &front, sizeof front);
+    __atomic_add_fetch(&in_use, front.whole, __ATOMIC_RELAXED);
     *pointer = block + ALIGNMENT;
     return OK;
 }
@@ -143,10 +163,13 @@ static aclError take(void **pointer, size_t size) {
 static aclError give_back(void *pointer) {
     if (pointer) {
         unsigned char *block = (unsigned char *)pointer - ALIGNMENT;
-        size_t whole;
-        memcpy(&whole, block, sizeof whole);
-        __atomic_sub_fetch(&in_use, whole, __ATOMIC_RELAXED);
-        free(block);
+        struct front front;
+        memcpy(&front, block, sizeof front);
+        __atomic_sub_fetch(&in_use, front.whole, __ATOMIC_RELAXED);
+        if (front.mapped)
+            munmap(block, front.whole);
+        else
+            free(block);
     }
     return OK;
 }

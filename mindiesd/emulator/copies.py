@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mindiesd.emulator import record
+from mindiesd.emulator import outline, record
 from mindiesd.emulator.alias import cpu_alias, npu_copy, require_device
 from mindiesd.emulator.call import below
 
@@ -23,6 +23,8 @@ def resize_out(out: Tensor, value: Tensor) -> None:
 
 def copy_(self: Tensor, src: Tensor, non_blocking: bool = False) -> Tensor:
     """``aten::copy_`` in all directions: between devices, dtypes and strides."""
+    if self.device.type != "npu":
+        outline.refuse_reading("aten::copy_")
     with below():
         storages: dict[int, Any] = {}
         to = cpu_alias(self, storages) if self.device.type == "npu" else self
@@ -60,6 +62,8 @@ def to_copy(
     """
     target = self.device if device is None else device
     require_device(target)
+    if target.type != "npu":
+        outline.refuse_reading("aten::_to_copy")
     if memory_format not in (None, torch.preserve_format, torch.contiguous_format):
         raise RuntimeError("Only contiguous_format or preserve_format is supported.")
     with below():
@@ -68,7 +72,7 @@ def to_copy(
             source,
             dtype=dtype,
             layout=layout,
-            device=_CPU if target.type in ("npu", "cpu") else target,
+            device=outline.device() if target.type in ("npu", "cpu") else target,
             memory_format=memory_format,
         )
         if target.type == "npu":
@@ -99,6 +103,7 @@ def clone(self: Tensor, *, memory_format: torch.memory_format | None = None) -> 
 
 def local_scalar_dense(self: Tensor) -> Any:
     """``aten::_local_scalar_dense``: read one number, waiting for the device."""
+    outline.refuse_reading("aten::_local_scalar_dense")
     with below():
         value = torch.ops.aten._local_scalar_dense.default(cpu_alias(self))
     if record.active:

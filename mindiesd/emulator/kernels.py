@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from mindiesd.emulator import aten, copies, npu, ops, quirks, refusals
+from mindiesd.emulator.outline import outlined
 
 _libraries: list[Any] = []
 
@@ -28,14 +29,14 @@ def _library(namespace: str) -> Any:
     return library
 
 
-def _exists(namespace: str, name: str) -> bool:
-    """Whether the operator has a schema here; torch_npu also registers for ones that have none."""
+def _schema(namespace: str, name: str) -> Any:
+    """The operator's schema; torch_npu also registers for ones that have none."""
     base, _, overload = name.partition(".")
     try:
-        getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
+        operator = getattr(getattr(getattr(torch.ops, namespace), base), overload or "default")
     except AttributeError:
-        return False
-    return True
+        return None
+    return operator._schema
 
 
 def _not_emulated(name: str) -> Callable[..., Any]:
@@ -55,24 +56,30 @@ def register() -> None:
         library = _library("aten")
         special = {**copies.TABLE, **quirks.TABLE}
         for name in sorted({*_registered("aten"), *special}):
-            if name in aten.KEPT or not _exists("aten", name):
+            schema = _schema("aten", name)
+            if name in aten.KEPT or schema is None:
                 continue
-            kernel = special.get(name) or aten.cpu_kernel(name)
+            kernel = outlined(special.get(name) or aten.cpu_kernel(name), schema)
             library.impl(name, kernel, "PrivateUse1", allow_override=True)
-        for name, kernel in quirks.ABOVE_AUTOGRAD.items():
+        for name, function in quirks.ABOVE_AUTOGRAD.items():
+            kernel = outlined(function, _schema("aten", name))
             library.impl(name, kernel, "PrivateUse1", allow_override=True)
             library.impl(name, kernel, "AutogradPrivateUse1", allow_override=True)
-        one_hot = aten.cpu_kernel("one_hot")
+        one_hot = outlined(aten.cpu_kernel("one_hot"), _schema("aten", "one_hot"))
         library.impl("one_hot", one_hot, "AutogradPrivateUse1", allow_override=True)
         library = _library("npu")
         selected = _registered("npu", "BackendSelect")
         for name in _registered("npu"):
-            if name in ops.KEPT or not _exists("npu", name):
+            schema = _schema("npu", name)
+            if name in ops.KEPT or schema is None:
                 continue
-            function = ops.TABLE.get(name)
-            kernel = npu.npu_kernel(name, function) if function else _not_emulated(f"npu::{name}")
+            emulated = ops.TABLE.get(name)
+            if emulated:
+                kernel = outlined(npu.npu_kernel(name, emulated), schema)
+            else:
+                kernel = _not_emulated(f"npu::{name}")
             library.impl(name, kernel, "PrivateUse1", allow_override=True)
-            if function is None and name in selected:
+            if emulated is None and name in selected:
                 # Without a tensor there is no device to dispatch by.
                 library.impl(name, kernel, "BackendSelect", allow_override=True)
     refusals.install()

@@ -183,3 +183,8 @@ def load(home: Path) -> None:
             _keep.append(ctypes.CDLL(str(home / name), mode=ctypes.RTLD_GLOBAL))
         except OSError as error:
             raise EmulatorUnavailable(f"the emulated NPU could not be loaded: {error}") from None
+
+
+def reserve_only(on: bool) -> None:
+    """Let the device's memory be larger than the host's, as long as most of it is never written."""
+    _keep[0].mindiesdReserveOnly(int(on))

@@ -31,7 +31,7 @@ def test_every_operator_that_is_not_emulated_says_so():
 
     said, other = [], {}
     for name in kernels._registered("npu"):
-        if name in ops.TABLE or name in ops.KEPT or not kernels._exists("npu", name):
+        if name in ops.TABLE or name in ops.KEPT or kernels._schema("npu", name) is None:
             continue
         base, _, overload = name.partition(".")
         operator = getattr(getattr(torch.ops.npu, base), overload or "default")

@@ -254,8 +254,9 @@ def _varlen(
     require(mode not in (5, 6), call.operator, f"sparse_mode {mode} does not go with TND")
     check_mask(call, mask, mode, max(q_lengths), max(kv_lengths))
     shape = call.q.shape[:3]
-    out = torch.zeros((*shape, call.v.shape[3]))
-    maximum, total = torch.zeros(shape), torch.zeros(shape)
+    where = call.q.device
+    out = torch.zeros((*shape, call.v.shape[3]), device=where)
+    maximum, total = torch.zeros(shape, device=where), torch.zeros(shape, device=where)
     q_at = kv_at = 0
     for sq, skv in zip(q_lengths, kv_lengths, strict=True):
         q, kv = slice(q_at, q_at + sq), slice(kv_at, kv_at + skv)
@@ -263,7 +264,7 @@ def _varlen(
         if sq == 0 or skv == 0:
             continue  # no keys: the output stays 0
         part = mask
-        if mask is not None and mode in (0, 1):
+        if mask is not None and mode in (0, 1) and not mask.is_meta:
             part = mask[:sq, :skv]
             empty = bool(part.bool().all(-1).any())
             require(not empty, call.operator, "atten_mask leaves a row of layout TND without a key")

@@ -110,8 +110,10 @@ def _varlen(
     require(len(rows) == len(columns), operator, "one length of query and of key per sequence")
     if mask is not None and mode in (0, 1):
         raise not_emulated(operator, f"atten_mask and sparse_mode {mode} in layout TND")
-    out = torch.zeros((*q.shape[:3], v.shape[3]))
-    maximum, total = torch.full(q.shape[:3], -torch.inf), torch.ones(q.shape[:3])
+    where = q.device
+    out = torch.zeros((*q.shape[:3], v.shape[3]), device=where)
+    maximum = torch.full(q.shape[:3], -torch.inf, device=where)
+    total = torch.ones(q.shape[:3], device=where)
     for row, column in zip(rows, columns, strict=True):
         sq, skv = row.stop - row.start, column.stop - column.start
         if not sq or not skv:
@@ -217,7 +219,7 @@ def _infer(
         )
     out = from_bnsd(done.out, _OUTPUT[input_layout]).to(query.dtype)
     if not lse:
-        return out, torch.empty(0)
+        return out, out.new_empty(0, dtype=torch.float32)
     values = done.lse.unsqueeze(-1)
     return out, from_bnsd(values, "TND") if varlen else values
 

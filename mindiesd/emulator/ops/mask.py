@@ -30,7 +30,9 @@ _SIDE = 2048
 
 
 def is_upper_triangle(mask: Tensor) -> bool:
-    """Whether ``mask`` is ``triu(ones, diagonal=1)``."""
+    """Whether ``mask`` is ``triu(ones, diagonal=1)``; one without values is taken for it."""
+    if mask.is_meta:
+        return True
     ones = torch.ones(mask.shape[-2:], dtype=torch.bool)
     return torch.equal(mask.bool().reshape(ones.shape), ones.triu(1))
 
@@ -102,16 +104,21 @@ def masked_out(
 ) -> Tensor | None:
     """Which scores are masked out: bool, broadcastable to [B, N, Sq, Skv], or None for none.
 
-    A full mask must already have a shape that the operator allows.
+    A full mask must already have a shape that the operator allows. Of a mask without values nothing
+    but its presence is told.
     """
     if mask is None:
         return None
+    if mask.is_meta and mode < 2:
+        return mask.bool()
     if mode == 0:
         return band(sq, skv, pre, post, forbid_more=mask.bool())
     if mode == 1:
         return mask.bool()
     if mode in (2, 3, 4):
         require_compressed(operator, mask, mode, leading)
+        if mask.is_meta:
+            return mask
         if mode == 4:
             return band(sq, skv, pre, post, origin=skv - sq)
         return torch.ones(sq, skv, dtype=torch.bool).triu((skv - sq if mode == 3 else 0) + 1)

@@ -110,9 +110,10 @@ def attend_lengths(
         return attend(q, k, v, scale, after=shift, masked=masked, zero_empty_rows=zero_empty_rows)
     q_lengths = lengths[0] or [sq] * batch
     kv_lengths = lengths[1] or [skv] * batch
-    out = torch.zeros(batch, heads, sq, v.shape[3])
-    maximum = torch.full((batch, heads, sq), -torch.inf)
-    total = torch.ones(batch, heads, sq)
+    where = q.device
+    out = torch.zeros(batch, heads, sq, v.shape[3], device=where)
+    maximum = torch.full((batch, heads, sq), -torch.inf, device=where)
+    total = torch.ones(batch, heads, sq, device=where)
     for b, (rows, columns) in enumerate(zip(q_lengths, kv_lengths, strict=True)):
         if not rows or not columns:
             continue
@@ -247,7 +248,7 @@ def npu_prompt_flash_attention(
         per_batch(operator, "actual_seq_lengths_kv", actual_seq_lengths_kv, batch, skv),
     )
     if skv == 0:
-        out = torch.zeros(q.shape)
+        out = torch.zeros(q.shape, device=q.device)
     else:
         out = attend_lengths(
             operator,
