@@ -288,7 +288,7 @@ def pipeline_rows(rounds: int) -> list[Row]:
             (patched if patch else plain).append(draw())
             mindiesd.unpatch_all()
         ratios.append(patched[-1] / plain[-1])
-    rows = [Row("the demo's pipeline, patched / unpatched", statistics.median(ratios), 1.02, "×")]
+    rows = [Row("a tiny Flux pipeline, patched / unpatched", statistics.median(ratios), 1.02, "×")]
     # What verify=N costs once its N calls are through.
     ratios = []
     for number in range(rounds):
