@@ -5,7 +5,7 @@
 First the VAE learns to repeat the digits; then the transformer and both text encoders learn, from
 the VAE's latents, to turn noise into the digit that a prompt names: flow matching (arXiv
 2210.02747), as Flux and Stable Diffusion 3 were trained. What is kept is a moving average of the
-weights, in bfloat16.
+weights, rounded to bfloat16.
 
 The same command gives the same bytes on the same kind of processor with the same versions. With
 other threads, or on another processor, sums are taken in another order, so the weights differ, the
@@ -263,17 +263,18 @@ def advance(
 
 
 def save(pipe: Any, folder: Path) -> None:
-    """Write the pipeline in bfloat16; what else lies in the folder, such as its card, stays."""
-    for part in (
-        "transformer",
-        "text_encoder",
-        "text_encoder_2",
-        "vae",
-        "tokenizer",
-        "tokenizer_2",
-    ):
+    """Write the pipeline; what else lies in the folder, such as its card, stays.
+
+    All weights are rounded to bfloat16. Those of the text encoders are stored as float32: given no
+    dtype, transformers loads what is stored and diffusers loads float32, and these two must agree.
+    """
+    parts = ("transformer", "text_encoder", "text_encoder_2", "vae", "tokenizer", "tokenizer_2")
+    for part in parts:
         shutil.rmtree(folder / part, ignore_errors=True)
-    copy.deepcopy(pipe).to(torch.bfloat16).save_pretrained(folder)
+    rounded = copy.deepcopy(pipe).to(torch.bfloat16)
+    rounded.text_encoder.float()
+    rounded.text_encoder_2.float()
+    rounded.save_pretrained(folder)
 
 
 def size(folder: Path) -> int:

@@ -104,6 +104,7 @@ def test_worse_on_the_npu_than_chance_allows_is_noticed(runs):
     emulated.sheet[:, :2] ^= 8  # far more than rounding in a few pixels, and nothing is misread
     assert _demo.judge(runs) == []
     emulated.sheet[:] = np.roll(plain.sheet, 32, axis=0)
+    assert any("of 255 on average" in told for told in _demo.judge(runs))
     assert any("worse than unpatched by more than noise" in told for told in _demo.judge(runs))
     emulated.report["trace"]["total_launches"] = 0
     assert any("nothing was launched" in told for told in _demo.judge(runs))

@@ -53,13 +53,18 @@ def test_weights_are_small():
     assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 4_000_000
 
 
-def test_weights_are_finite_bfloat16():
+def test_weights_are_finite_and_rounded_to_bfloat16():
     for path in WEIGHTS:
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - the file is no dictionary
                 tensor = file.get_tensor(name)
-                assert tensor.dtype == torch.bfloat16, name
                 assert tensor.isfinite().all(), name
+                assert (tensor.bfloat16() == tensor).all(), name
+
+
+def test_pipeline_loads_in_one_dtype_without_being_told(pipe):
+    parts = [pipe.transformer, pipe.vae, pipe.text_encoder, pipe.text_encoder_2]
+    assert {part.dtype for part in parts} == {torch.float32}
 
 
 def test_pipeline_is_flux_with_sizes_that_npu_kernels_take(pipe):
