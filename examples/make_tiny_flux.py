@@ -146,14 +146,14 @@ def smoothen(transformer, vae):
         vae.decoder.conv_out.weight.mul_(0.6)
 
 
-def make_clip_tokenizer():
+def make_clip_tokenizer(words=WORDS, length=CLIP_LENGTH):
     """A byte-pair tokenizer with a vocabulary of letters and a few merged words."""
     from transformers import CLIPTokenizer
 
     start, end = "<|startoftext|>", "<|endoftext|>"
     vocab = [*LETTERS, *(letter + "</w>" for letter in LETTERS)]
     merges = []
-    for word in WORDS:
+    for word in words:
         parts = [*word[:-1], word[-1] + "</w>"]
         while len(parts) > 1:
             merge = (parts[0], parts[1])
@@ -165,18 +165,18 @@ def make_clip_tokenizer():
     return CLIPTokenizer(
         vocab={piece: number for number, piece in enumerate(vocab)},
         merges=merges,
-        model_max_length=CLIP_LENGTH,
+        model_max_length=length,
     )
 
 
-def make_t5_tokenizer():
+def make_t5_tokenizer(words=WORDS):
     """A unigram tokenizer with a vocabulary of letters and a few whole words."""
     from transformers import T5TokenizerFast
 
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     letters = [(letter, -5.0) for letter in ["▁", *LETTERS]]
-    words = [("▁" + word, -6.0) for word in WORDS]
-    return T5TokenizerFast(vocab=[*special, *letters, *words], extra_ids=0, model_max_length=512)
+    whole = [("▁" + word, -6.0) for word in words]
+    return T5TokenizerFast(vocab=[*special, *letters, *whole], extra_ids=0, model_max_length=512)
 
 
 def main():

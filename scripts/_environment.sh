@@ -2,7 +2,7 @@
 # Makes an environment of this project, or leaves it alone when it is up to date.
 #
 #   scripts/_environment.sh .venv        everything but torch_npu
-#   scripts/_environment.sh .venv-npu    with torch_npu, for tests/emulator
+#   scripts/_environment.sh .venv-npu    with torch_npu, for tests/emulator and the demo
 #   scripts/_environment.sh .venv-docs   what builds the site, without torch
 #
 # PYTHON names the interpreter (default: python3); the pinned diffusers and transformers need 3.11.
@@ -13,7 +13,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 name=${1:-.venv}
 say() { printf '%s: %s\n' "$name" "$*" >&2; }
 case $name in
-    .venv) extras=diffusers,dev ;;
+    .venv) extras=diffusers,demo,dev ;;
     .venv-npu) extras=diffusers,emulator,dev ;;
     .venv-docs) extras=docs ;;
     *) say "unknown environment; there are .venv, .venv-npu and .venv-docs"; exit 2 ;;

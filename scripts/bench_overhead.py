@@ -288,7 +288,7 @@ def pipeline_rows(rounds: int) -> list[Figure]:
             (patched if patch else plain).append(draw())
             mindiesd.unpatch_all()
         ratios.append(patched[-1] / plain[-1])
-    what = "the demo's pipeline, patched / unpatched"
+    what = "a tiny Flux pipeline, patched / unpatched"
     rows = [figure(what, statistics.median(ratios), 1.02, "×")]
     # What verify=N costs once its N calls are through.
     ratios = []
