@@ -81,7 +81,7 @@ COLUMNS: tuple[tuple[str, str, Callable[[Part], Figure]], ...] = (
         "host",
         _named("`patch_all()` after importing diffusers and transformers"),
     ),
-    ("pipeline, patched / unpatched", "host", _named("the demo's pipeline, patched / unpatched")),
+    ("pipeline, patched / unpatched", "host", _named("a tiny Flux pipeline, patched / unpatched")),
     ("error, patched / unpatched", "parity", _named("error patched / unpatched, float32")),
     ("sparse 0.75, median", "sparse", _sparse),
 )

@@ -276,7 +276,7 @@ def scoped_only(module: Any) -> bool:
     return (
         isinstance(own, MethodType)
         and own.__self__ is module
-        and own.__func__ is type(module).forward
+        and own.__func__ is getattr(type(module), "forward", None)
     )
 
 

@@ -195,8 +195,13 @@ def _rebind_bound(method: MethodType, swaps: Mapping[int, Swap], to_replacement:
             kept: dict[str, MethodType] = place.pop(_BOUND, {})
             if to_replacement:
                 place[_BOUND] = {**kept, key: method}
-            before = [old for old in kept.values() if old.__func__ is pair.new]
-            place[key] = before[0] if before else MethodType(pair.new, method.__self__)
+                place[key] = MethodType(pair.new, method.__self__)
+                continue
+            # Hooks may have moved it to another attribute since.
+            at = next((name for name, old in kept.items() if old.__func__ is pair.new), None)
+            place[key] = MethodType(pair.new, method.__self__) if at is None else kept.pop(at)
+            if kept:
+                place[_BOUND] = kept
 
 
 def own_places(owner: Any) -> list[dict[str, Any]]:

@@ -68,7 +68,7 @@ def whole(date, sdpa=1.5, share=60.0):
         Figure(
             name="`patch_all()` after importing diffusers and transformers", value=200, unit="ms"
         ),
-        Figure(name="the demo's pipeline, patched / unpatched", value=0.97, unit="×"),
+        Figure(name="a tiny Flux pipeline, patched / unpatched", value=0.97, unit="×"),
     ]
     sparse = [
         Figure(
