@@ -12,6 +12,9 @@ kernel with an unknown argument computes shape, strides and dtype alone, on torc
 does one with more than :data:`LIMIT` elements. Every other kernel computes as always, so masks,
 positions and rotary tables are real, and decisions taken on their values come out as they would.
 
+torch_npu goes on holding what was reserved, as it does with all memory that it has once taken, so
+the process's free memory of the device means nothing afterwards.
+
 Who wants a value that is not there, gets an error, never a made-up number: reading one on the host
 raises NotImplementedError, and so does an operator whose result has a shape that depends on values.
 """
@@ -41,10 +44,14 @@ _MARK = "_mindiesd_unknown"
 
 @contextmanager
 def outline() -> Iterator[None]:
-    """Leave out the arithmetic of kernels with unknown arguments, in this block."""
+    """Leave out the arithmetic of kernels with unknown arguments, in this block.
+
+    Raises:
+        EmulatorUnavailable: the emulated NPU has not been started.
+    """
     global _active
-    before, _active = _active, True
     runtime.reserve_only(True)
+    before, _active = _active, True
     try:
         yield
     finally:
@@ -71,7 +78,10 @@ def device() -> torch.device:
 def refuse_reading(name: str) -> None:
     """Raise if the kernel that runs now, which gives values to the host, has none to give."""
     if now:
-        raise NotImplementedError(f"not outlined: {name} reads values that were never computed")
+        raise NotImplementedError(
+            f"not outlined: {name} reads values that were never computed: "
+            f"they are unknown, or more than {LIMIT}"
+        )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
