@@ -12,9 +12,6 @@ kernel with an unknown argument computes shape, strides and dtype alone, on torc
 does one with more than :data:`LIMIT` elements. Every other kernel computes as always, so masks,
 positions and rotary tables are real, and decisions taken on their values come out as they would.
 
-torch_npu goes on holding what was reserved, as it does with all memory that it has once taken, so
-the process's free memory of the device means nothing afterwards.
-
 Who wants a value that is not there, gets an error, never a made-up number: reading one on the host
 raises NotImplementedError, and so does an operator whose result has a shape that depends on values.
 """

@@ -112,6 +112,8 @@ def test_the_device_can_be_larger_than_the_machine():
         x = torch.ones(1 << 20, 1 << 20, dtype=torch.bool, device="npu")
         assert (~x).shape == x.shape
         assert torch.npu.max_memory_allocated() >= 2 << 40
+        free, total = torch.npu.mem_get_info()
+        assert 0 < free <= total < 1 << 40
 
 
 def test_what_is_known_is_computed():
