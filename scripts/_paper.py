@@ -69,7 +69,6 @@ def forward(result: Result, migration: Any = None) -> Any:
 
     begin, subject = time.perf_counter(), result.subject
     npu: Any = torch.get_device_module("npu")
-    npu.empty_cache()
     model, result.parameters = placed(subject)
     inputs = subject.inputs()
     with torch.no_grad():

@@ -155,7 +155,8 @@ static aclError take(void **pointer, size_t size) {
         return ERROR_BAD_ALLOC;
     }
     memcpy(block, &front, sizeof front);
-    __atomic_add_fetch(&in_use, front.whole, __ATOMIC_RELAXED);
+    /* Address space is not memory: torch_npu would keep it, and none would ever be free again. */
+    if (!front.mapped) __atomic_add_fetch(&in_use, front.whole, __ATOMIC_RELAXED);
     *pointer = block + ALIGNMENT;
     return OK;
 }
@@ -165,11 +166,12 @@ static aclError give_back(void *pointer) {
         unsigned char *block = (unsigned char *)pointer - ALIGNMENT;
         struct front front;
         memcpy(&front, block, sizeof front);
-        __atomic_sub_fetch(&in_use, front.whole, __ATOMIC_RELAXED);
-        if (front.mapped)
+        if (front.mapped) {
             munmap(block, front.whole);
-        else
+        } else {
+            __atomic_sub_fetch(&in_use, front.whole, __ATOMIC_RELAXED);
             free(block);
+        }
     }
     return OK;
 }

@@ -41,10 +41,14 @@ _MARK = "_mindiesd_unknown"
 
 @contextmanager
 def outline() -> Iterator[None]:
-    """Leave out the arithmetic of kernels with unknown arguments, in this block."""
+    """Leave out the arithmetic of kernels with unknown arguments, in this block.
+
+    Raises:
+        EmulatorUnavailable: the emulated NPU has not been started.
+    """
     global _active
-    before, _active = _active, True
     runtime.reserve_only(True)
+    before, _active = _active, True
     try:
         yield
     finally:
@@ -71,7 +75,10 @@ def device() -> torch.device:
 def refuse_reading(name: str) -> None:
     """Raise if the kernel that runs now, which gives values to the host, has none to give."""
     if now:
-        raise NotImplementedError(f"not outlined: {name} reads values that were never computed")
+        raise NotImplementedError(
+            f"not outlined: {name} reads values that were never computed: "
+            f"they are unknown, or more than {LIMIT}"
+        )
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

@@ -186,5 +186,11 @@ def load(home: Path) -> None:
 
 
 def reserve_only(on: bool) -> None:
-    """Let the device's memory be larger than the host's, as long as most of it is never written."""
+    """Let the device's memory be larger than the host's, as long as most of it is never written.
+
+    Raises:
+        EmulatorUnavailable: the emulated NPU has not been started.
+    """
+    if not _keep:
+        raise EmulatorUnavailable("call mindiesd.emulator.start() first")
     _keep[0].mindiesdReserveOnly(int(on))
