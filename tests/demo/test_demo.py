@@ -27,7 +27,7 @@ def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess]:
     done = subprocess.run(
         [*command, "--output", str(folder)],
         cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=500,
