@@ -296,7 +296,9 @@ def _as_image(out: Tensor, _: Any, __: Any, value: Tensor) -> Tensor:
 def _without_keys(out: Tensor, largest: Tensor) -> Tensor:
     """``out`` with NaN in the rows that see no key, as a softmax over nothing gives.
 
-    Where a kernel gives zeros, whoever writes attention out gets NaN, and may look for it.
+    Where a kernel gives zeros, whoever writes attention out gets NaN, and may look for it. It costs
+    three launches where there is a mask, and the mask cannot be asked without waiting for the
+    device.
 
     Args:
         out: [..., Sq, Dv].

@@ -265,7 +265,7 @@ def _scoped_forward(kind: Any, token: Token, prior_name: str) -> Callable[..., A
 
 
 def scoped_only(module: Any) -> bool:
-    """Whether a module has no instance-level forward but that of a scope."""
+    """Whether a module has no instance-level forward but that of a scope, or its class's own."""
     own = module.__dict__.get("forward")
     prior = _prior_name(own)
     if prior is not None:

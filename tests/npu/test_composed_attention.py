@@ -73,7 +73,8 @@ def test_one_kernel_an_attention(name: str, dtype) -> None:
     assert launched(after, SOFTMAX) == 0, after
     assert fused(after) == attentions, after
     # Two launches less; a mask that was not seen before is turned into what the kernel takes.
-    of_masks = MASK * attentions if "attention_mask" in given[0][1] else 0
+    # And three launches for the rows that see no key.
+    of_masks = (MASK + 3) * attentions if "attention_mask" in given[0][1] else 0
     assert after.total <= before.total - 2 * attentions + of_masks, (before, after)
     (patch,) = [p for p in migration.report().patches if p.name == case.record]
     calls = (pictures + 1) * (case.attentions + case.others)

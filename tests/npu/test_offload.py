@@ -43,13 +43,8 @@ def scope_left(pipe):
 @pytest.mark.parametrize("when", ["before", "inside"])
 @pytest.mark.parametrize("mode", MODES)
 def test_in_a_block(mode, when):
-    """Each picture is redirected as much as one without offload; model offload hooks on anew."""
-    pipe = make().to("npu")
-    expected = draw(pipe)
-    with mindiesd.patch_pipeline(pipe) as migration:
-        torch.testing.assert_close(draw(pipe), expected, atol=2e-4, rtol=0)
-    once = counts(migration)
-    assert once["sdpa"] > 0
+    """Each picture is redirected as much as the first; model offload hooks on anew after each."""
+    expected = draw(make().to("npu"))
     pipe = make()
     if when == "before":
         getattr(pipe, mode)(device="npu")
@@ -61,8 +56,10 @@ def test_in_a_block(mode, when):
             with trace() as counted:
                 got = draw(pipe)
             torch.testing.assert_close(got, expected, atol=2e-4, rtol=0)
+            if number == 1:
+                once = counts(migration)
+            assert once["sdpa"] > 0 and counted.total > 0
             assert counts(migration) == {name: number * count for name, count in once.items()}
-            assert counted.total > 0
     inside = counts(migration)
     torch.testing.assert_close(draw(pipe), expected, atol=1e-5, rtol=0)
     assert counts(migration) == inside
@@ -79,7 +76,8 @@ def test_in_the_process(mode):
     for _ in range(2):
         torch.testing.assert_close(draw(pipe), expected, atol=2e-4, rtol=0)
     report = migration.report()
-    assert report.failed_verification == 0
+    failed = [line for patch in report.patches for line in patch.failed_verification]
+    assert not failed, failed
     assert counts(migration)["sdpa"] > 0
     assert any(patch.verified for patch in report.patches)
     mindiesd.unpatch_all()
@@ -88,18 +86,16 @@ def test_in_the_process(mode):
 
 @pytest.mark.parametrize("when", ["before", "inside"])
 def test_to_inside_a_block(when):
-    """A pipeline that is moved inside of its block goes on, on either side."""
-    pipe = make()
-    on_the_host = call(pipe, "cpu", generator=torch.Generator("cpu").manual_seed(3))
+    """A pipeline that is moved inside of its block goes on there."""
     expected = draw(make().to("npu"))
+    pipe = make()
     if when == "before":
         pipe.to("npu")
     with mindiesd.patch_pipeline(pipe) as migration:
-        if when == "inside":
-            pipe.to("npu")
+        pipe.to("npu")
         torch.testing.assert_close(draw(pipe), expected, atol=2e-4, rtol=0)
-        first = counts(migration)["sdpa"]
-        pipe.to("cpu")
-        got = call(pipe, "cpu", generator=torch.Generator("cpu").manual_seed(3))
-        torch.testing.assert_close(got, on_the_host, atol=2e-4, rtol=0)
-        assert counts(migration)["sdpa"] == 2 * first
+        first = counts(migration)
+        pipe.to("cpu").to("npu")
+        torch.testing.assert_close(draw(pipe), expected, atol=2e-4, rtol=0)
+        assert counts(migration) == {name: 2 * count for name, count in first.items()}
+    assert scope_left(pipe) == []

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import mindiesd
-from mindiesd.ops.backends.npu import norms
+from mindiesd.ops import norm
 from tests.processes import ROOT
 from tests.tiny import flux_inputs, tiny_flux_transformer
 
@@ -36,12 +36,12 @@ def test_a_model_whose_operators_are_right():
 
 
 def test_an_operator_that_is_wrong_gives_way_at_its_line(monkeypatch):
-    right = norms.rms_norm
+    right = norm.rms_norm
 
     def wrong(x, *rest):
         return right(x, *rest) * (1.01 if x.shape[-1] == 32 else 1)
 
-    monkeypatch.setattr(norms, "rms_norm", wrong)
+    monkeypatch.setattr(norm, "rms_norm", wrong)
     x, other = torch.randn(4, 32).npu(), torch.randn(4, 64).npu()
     expected = F.rms_norm(x, (32,))
     migration = mindiesd.patch_all(only="torch_rms_norm", verify=1)
@@ -60,11 +60,11 @@ import sys
 import torch
 import torch.nn.functional as F
 import torch_npu
-from mindiesd.ops.backends.npu import norms
+from mindiesd.ops import norm
 
 right = norms.rms_norm
 if "wrong" in sys.argv:
-    norms.rms_norm = lambda *args: right(*args) * 1.01
+    norm.rms_norm = lambda *args: right(*args) * 1.01
 x = torch.randn(4, 32).npu()
 for _ in range(3):
     y = F.rms_norm(x, (32,))
