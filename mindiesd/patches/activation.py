@@ -110,6 +110,8 @@ RECORDS = (
         when="half or float32 input, no gradients, no deprecated argument",
         numerics="bitwise equal to what diffusers computes where there is no torch_npu; on the NPU "
         "rounded once instead of twice",
+        # With torch_npu, the original computes the tanh form, and nothing on the CPU.
+        reference=_HERE + "reference_geglu",
     ),
     _patch(
         "diffusers_ApproximateGELU",
@@ -349,6 +351,16 @@ def build_geglu(original: Any, site: Site) -> Callable[..., Any]:
         return kept
 
     return forward
+
+
+def reference_geglu(
+    module: Any, hidden_states: Tensor, *_: Any, **__: Any
+) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """``x * gelu(gate)`` in float64, of the projection as it is: it is the same in both."""
+    from torch.nn import functional
+
+    x, gate = module.proj(hidden_states).detach().cpu().double().chunk(2, dim=-1)
+    return x * functional.gelu(gate), lambda whole: whole
 
 
 def _plain_silu() -> Callable[[Any], bool]:

@@ -279,7 +279,12 @@ def _compare(
     kwargs: dict[str, Any],
 ) -> Any:
     """Judge one call; returns what the caller gets: ours, or the original's when ours failed."""
-    theirs = original(*args, **kwargs)
+    try:
+        theirs = original(*args, **kwargs)
+    except Exception as error:  # noqa: BLE001 - ours has a result, the caller gets it
+        reason = f"the original raised {type(error).__name__}"
+        place.unjudged[reason] = place.unjudged.get(reason, 0) + 1
+        return ours
     pick: Callable[[Any], Any] = _whole
     truth: Any = None
     try:
