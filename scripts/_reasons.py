@@ -690,6 +690,12 @@ UNJUDGED = (
                 "Nothing; the error's name stands behind the colon",
             ),
             Reason(
+                "the original raised …",
+                "Ours gave a result where the original, asked for comparison, raised an error; the "
+                "redirected result was used",
+                "Run without mindiesd: if the script fails there too, nothing is wrong here",
+            ),
+            Reason(
                 "could not be judged: …",
                 "Comparing failed; the redirected result was used",
                 "Report it with the error's name",

@@ -240,6 +240,11 @@ def test_cycles_leak_nothing() -> None:
     )
 
 
+def told(patch: Any) -> list[str]:
+    """What a report says was not reached, without the originals that other tests keep."""
+    return [text for text in patch.unreached if not text.startswith("a container at tests.")]
+
+
 def test_methods_that_were_bound_before() -> None:
     """Hooks keep the forward that they found, bound; a class that is patched does not change it."""
     accelerate = pytest.importorskip("accelerate.hooks")
@@ -270,7 +275,7 @@ def test_methods_that_were_bound_before() -> None:
         for number, norm in enumerate(before, 1):
             torch.testing.assert_close(norm(x), expected[number - 1])
             (patch,) = migration.report().patches
-            assert (patch.redirected, patch.unreached) == (number, [])
+            assert (patch.redirected, told(patch)) == (number, [])
         # Of a copy, and of what was hooked inside, nothing stays either.
         copied = copy.deepcopy(before)
         inside = [change(torch.nn.LayerNorm(8)) for change in changes]
@@ -302,5 +307,5 @@ def test_a_bound_method_that_is_kept_elsewhere_is_told() -> None:
     kept = [torch.nn.LayerNorm(8).forward]
     migration = mindiesd.patch_all(only="torch_layer_norm")
     (patch,) = migration.report().patches
-    assert patch.unreached == ["a bound method of a torch.nn.modules.normalization.LayerNorm"]
+    assert told(patch) == ["a bound method of a torch.nn.modules.normalization.LayerNorm"]
     del kept

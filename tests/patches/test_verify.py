@@ -222,6 +222,22 @@ def test_without_a_reference_the_original_is_the_measure() -> None:
     assert not verify.judge(original * 1.001, original, None).passed
 
 
+def test_an_original_that_raises_costs_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(4, 64)
+    expected = F.rms_norm(x, (64,), eps=1e-6)
+    migration = mindiesd.patch_all(only="torch_rms_norm", verify=1)
+
+    def raising(*args: Any) -> torch.Tensor:
+        raise RuntimeError("no such kernel here")
+
+    monkeypatch.setattr(norm, "rms_norm", lambda *args: expected)
+    monkeypatch.setattr(torch, "rms_norm", raising)
+    assert F.rms_norm(x, (64,), eps=1e-6) is expected
+    report = entry(migration, "torch_rms_norm")
+    assert report.without_reference == {"the original raised RuntimeError": 1}
+    assert not report.failed_verification and report.redirected == 1
+
+
 # The reference of attention.
 
 
