@@ -20,7 +20,7 @@ from mindiesd.errors import ParametersInvalid
 from mindiesd.ops import checks
 from mindiesd.ops.backends import backend_for, native
 from mindiesd.ops.dispatch import MEASURED, Kernel, requested
-from mindiesd.ops.masks import CAUSAL, AttentionMask, Band, attention_mask, broadcasts
+from mindiesd.ops.masks import CAUSAL, Band, attention_mask, broadcasts
 
 # Bound here: each lookup through `torch` on the path of every call is measurable.
 _BOOL, _FLOAT16, _BFLOAT16, _FLOAT32 = torch.bool, torch.float16, torch.bfloat16, torch.float32
@@ -139,12 +139,11 @@ def attend(
     """
     if attn_mask is None and band is None:
         mask = CAUSAL if is_causal else None
-    elif is_causal or band is not None:
-        mask = attention_mask(attn_mask, is_causal, band)
-    elif attn_mask.dtype is _BOOL:  # type: ignore[union-attr] # one of the two is given
-        mask = AttentionMask(attn_mask, None, None)
+    elif band is None and not is_causal and query.is_cpu:
+        # ATen takes it as it is: what would be taken apart again is not put together.
+        return native.attention(query, key, value, attn_mask, scale, head_first, kernel)
     else:
-        mask = AttentionMask(None, attn_mask, None)
+        mask = attention_mask(attn_mask, is_causal, band)
     if query.is_cpu:
         return native.attention(query, key, value, mask, scale, head_first, kernel)
     if measure:

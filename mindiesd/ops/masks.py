@@ -138,6 +138,11 @@ def broadcasts(shape: torch.Size, batch: int, heads: int, queries: int, keys: in
     )
 
 
+def bias_for_sdpa(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """The bias in a dtype that SDPA takes for queries of ``dtype``: that one, or float32."""
+    return bias if bias.dtype is dtype or bias.dtype is torch.float32 else bias.float()
+
+
 def for_sdpa(
     mask: AttentionMask, queries: int, keys: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor | None, bool]:
@@ -157,8 +162,8 @@ def for_sdpa(
         band = band.within(queries, keys)
         if band.lower is None and band.upper is None:
             band = None
-    if bias is not None and bias.dtype is not dtype and bias.dtype is not torch.float32:
-        bias = bias.float()
+    if bias is not None:
+        bias = bias_for_sdpa(bias, dtype)
     if band is None:
         if keep is None or bias is None:
             return (bias if keep is None else keep), False

@@ -130,12 +130,11 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
         if hidden_states.dtype not in half_or_single:
             return law.DTYPE
         if weight is not None:
-            if weight.dtype not in half_or_single or (
-                bias is not None and bias.dtype is not weight.dtype
-            ):
+            dtype = weight.dtype
+            if dtype not in half_or_single or (bias is not None and bias.dtype is not dtype):
                 return law.MIXED_DTYPES
             # A bias always has the weight's shape.
-            if weight.dim() != 1 or weight.numel() != hidden_states.shape[-1]:
+            if weight.dim() != 1 or weight.numel() != hidden_states.size(-1):
                 return law.WEIGHT_SHAPE
         if autocast():
             return law.AUTOCAST
@@ -154,10 +153,9 @@ def build_diffusers(original: Any, site: Site) -> Callable[..., Any]:
             if site.takes(reason):
                 # The original's result dtype: half weights make it theirs, float32 weights
                 # promote, no weights leave the input's.
-                wanted = hidden_states.dtype
-                if weight is not None:
-                    wanted = weight.dtype
-                if hidden_states.dtype is wanted and bias is None:
+                dtype = hidden_states.dtype
+                wanted = dtype if weight is None else weight.dtype
+                if dtype is wanted and bias is None:
                     # With a weight the original gives the NPU's kernel any strides, too.
                     return norm.rms_norm(hidden_states, weight, self.eps, weight is not None)
                 result = norm.rms_norm(hidden_states.float(), weight, self.eps, weight is not None)

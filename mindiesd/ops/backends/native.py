@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mindiesd.ops.dispatch import Kernel
-from mindiesd.ops.masks import AttentionMask, for_sdpa
+from mindiesd.ops.masks import AttentionMask, bias_for_sdpa, for_sdpa
 
 _sdpa = torch._C._nn.scaled_dot_product_attention
 
@@ -33,7 +33,7 @@ def attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: AttentionMask | None,
+    mask: AttentionMask | Tensor | None,
     scale: float | None,
     head_first: bool,
     kernel: Kernel | None = None,
@@ -46,7 +46,7 @@ def attention(
         query: [B, N, Sq, D], or [B, Sq, N, D] unless ``head_first``.
         key: [B, Nkv, Skv, D] likewise; N is a multiple of Nkv.
         value: [B, Nkv, Skv, Dv] likewise.
-        mask: what is masked, or None.
+        mask: what is masked, or None; a tensor that is all of it may be given by itself.
         scale: factor on the scores; None is D ** -0.5.
         head_first: whether heads come before the sequence.
         kernel: ignored.
@@ -54,7 +54,9 @@ def attention(
     if not head_first:
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     attn_mask, is_causal = None, False
-    if mask is not None:
+    if isinstance(mask, Tensor):
+        attn_mask = mask if mask.dtype is torch.bool else bias_for_sdpa(mask, query.dtype)
+    elif mask is not None:
         attn_mask, is_causal = for_sdpa(
             mask, query.shape[2], key.shape[2], query.dtype, query.device
         )

@@ -57,13 +57,12 @@ class _Entry:
         """Whether these are the objects it was made from, unwritten to since."""
         if len(sources) != len(self.marks):
             return False
-        for source, (reference, version, address) in zip(sources, self.marks, strict=True):
-            held = reference()
+        for at, (reference, version, address) in enumerate(self.marks):  # half of what zip takes
+            source = sources[at]
             if (
-                held is None
-                or held is not source
-                or held._version != version
-                or held.data_ptr() != address
+                reference() is not source
+                or source._version != version
+                or source.data_ptr() != address
             ):
                 return False
         return True
@@ -104,17 +103,8 @@ class Kept:
         if _dynamo() or type(x) is not Tensor or _modes() or _jit() or _transforms() is not None:
             return None
         entry = self._entries.get(id(sources[0]))
-        if entry is None:
+        if entry is None or not entry.holds(sources):
             return None
-        for source, (reference, version, address) in zip(sources, entry.marks, strict=False):
-            held = reference()
-            if (
-                held is None
-                or held is not source
-                or held._version != version
-                or held.data_ptr() != address
-            ):
-                return None
         place = None
         if not x.is_cpu:
             place = _place(x)
