@@ -3,7 +3,7 @@
 docs/patches.md and its overview docs/guides/what_is_redirected.md come from the patch records,
 docs/guides/fallbacks.md from scripts/_reasons.py, docs/specification.md from the tests named after
 the statements of the layers API, docs/benchmarks.md with its charts from the runs in
-docs/benchmarks/.
+docs/benchmarks/, the pictures of docs/guides/layouts_and_masks.md from scripts/_pictures.py.
 
 python scripts/_docs.py            writes them
 python scripts/_docs.py --check    fails when one is not up to date
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import _bench_page
 import _history
+import _pictures
 import _reasons
 
 from mindiesd.patches.registry import FAMILIES, Patch, left, records
@@ -173,6 +174,8 @@ PAGES = {
     "specification.md": specification_page,
     "guides/what_is_redirected.md": overview_page,
     "guides/fallbacks.md": _reasons.page,
+    "guides/layouts.svg": _pictures.layouts,
+    "guides/masks.svg": _pictures.masks,
 }
 
 
