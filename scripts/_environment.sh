@@ -4,23 +4,36 @@
 #   scripts/_environment.sh .venv        everything but torch_npu
 #   scripts/_environment.sh .venv-npu    with torch_npu, for tests/emulator and the demo
 #   scripts/_environment.sh .venv-docs   what builds the site, without torch
+#   scripts/_environment.sh .venv-3.13   as .venv, of python3.13
 #
-# PYTHON names the interpreter (default: python3); the pinned diffusers and transformers need 3.11.
-# Exit status 3: torch_npu cannot be installed here.
+# PYTHON names the interpreter of the first three (default: python3); the pinned diffusers and
+# transformers need 3.11. Exit status 2: there is no such interpreter, or the environment is not
+# ours; 3: torch_npu cannot be installed here.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 name=${1:-.venv}
+wanted=${PYTHON:-python3}
+working() { # working 3.13: on the path, where pyenv has shims that only fail, or among pyenv's
+    local candidate
+    for candidate in "python$1" "$HOME/.pyenv/versions/$1".*/bin/python; do
+        if "$candidate" -c '' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "python$1"
+}
 say() { printf '%s: %s\n' "$name" "$*" >&2; }
 case $name in
     .venv) extras=diffusers,demo,dev ;;
     .venv-npu) extras=diffusers,emulator,dev ;;
     .venv-docs) extras=docs ;;
-    *) say "unknown environment; there are .venv, .venv-npu and .venv-docs"; exit 2 ;;
+    .venv-3.*) extras=diffusers,demo,dev wanted=$(working "${name#.venv-}") ;;
+    *) say "unknown environment; there are .venv, .venv-npu, .venv-docs and .venv-3.*"; exit 2 ;;
 esac
 
-wanted=${PYTHON:-python3}
-command -v "$wanted" >/dev/null || { say "no $wanted found; set PYTHON to a Python >= 3.11"; exit 2; }
+"$wanted" -c '' 2>/dev/null || { say "no $wanted found; set PYTHON to a Python >= 3.11"; exit 2; }
 # The interpreter that an active environment was made from: an environment cannot replace itself.
 python=$("$wanted" -c 'import sys; print(getattr(sys, "_base_executable", "") or sys.executable)')
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||

@@ -110,7 +110,8 @@ def masks() -> str:
                 colour = SEEN if sees else HIDDEN
                 parts.append(Cell(x + column * size, y + row * size, colour, size=size).svg())
     y = 58 + 5 * size + 24
-    for place, (colour, words) in enumerate(((SEEN, "query i sees key j"), (HIDDEN, "it does not"))):
+    meanings = ((SEEN, "query i sees key j"), (HIDDEN, "it does not"))
+    for place, (colour, words) in enumerate(meanings):
         parts.append(Cell(12 + place * 170, y - 12, colour, size=16).svg())
         parts.append(text(12 + place * 170 + 22, y + 1, words))
     parts.append(text(12 + 340, y + 1, "rows: queries i from above, columns: keys j from the left"))
