@@ -248,6 +248,7 @@ def test_compiled_repeated_blocks(when: str) -> None:
     torch.testing.assert_close(run(model), plain, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_cache_dit() -> None:
     """In a process of its own: importing it replaces backends of diffusers for good."""
     pytest.importorskip("cache_dit")

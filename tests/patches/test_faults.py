@@ -200,7 +200,7 @@ def test_the_users_mistake_is_the_same_error(mistake: str) -> None:
     before = error_of(MISTAKES[mistake])
     migration = mindiesd.patch_all()
     after = error_of(MISTAKES[mistake])
-    # From Python 3.13 on, a function written in Python suggests another argument; a builtin does not.
+    # From Python 3.13 on a Python function suggests another argument; a builtin does not.
     said = str(after).partition(". Did you mean")[0]
     assert (type(after), said) == (type(before), str(before))
     assert after.__context__ is None and after.__cause__ is None

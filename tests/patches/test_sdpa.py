@@ -330,6 +330,7 @@ def test_jit_script_jit_trace_and_fx(migration) -> None:
     assert torch.equal(graph(q), expected)
 
 
+@pytest.mark.slow
 def test_multihead_attention_and_transformers_reach_it() -> None:
     run_python(
         """

@@ -214,6 +214,7 @@ USE = """
 """
 
 
+@pytest.mark.slow
 def test_modules_without_a_source() -> None:
     """As in a frozen program: what would be rewritten is the original, and counted."""
     run_python(
@@ -280,6 +281,7 @@ def test_a_library_in_a_zip_file(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_nothing_is_written_unpickled_or_run_from_here(tmp_path: Path) -> None:
     """Patching, calling, verifying and reporting: no file, no pickle, no module of this directory.
 

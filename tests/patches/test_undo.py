@@ -214,6 +214,7 @@ def test_somebody_elses_wrapper_is_left_in_place_and_named() -> None:
     )
 
 
+@pytest.mark.slow
 def test_cycles_leak_nothing() -> None:
     run_python(
         """
