@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import FrameType
+from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches.ledger import Counts
@@ -77,10 +77,22 @@ class Verification:
         """
         self.calls = calls
         self.sites = sites
-        self._places: dict[tuple[str, object, int], Place] = {}
+        self._places: dict[tuple[str, CodeType, int], Place] = {}
+        # The same by instruction, and code by identity: what every call asks for. Hashing a code
+        # object goes through all of it, and finding an instruction's line through a table. The code
+        # is held, so that no other gets its identity; equal code shares its lines.
+        self._at: dict[tuple[str, int, int], tuple[Place, CodeType]] = {}
 
     def place(self, patch: str, frame: FrameType) -> Place:
         """The calling line that ``frame`` is at, first seen through ``patch``."""
+        code = frame.f_code
+        instruction = (patch, id(code), frame.f_lasti)
+        known = self._at.get(instruction)
+        if known is None:
+            known = self._at[instruction] = (self._line(patch, frame), code)
+        return known[0]
+
+    def _line(self, patch: str, frame: FrameType) -> Place:
         key = (patch, frame.f_code, frame.f_lineno)
         known = self._places.get(key)
         if known is None:
@@ -258,12 +270,22 @@ def note(name: str, reason: str | None) -> str | None:
     return reason
 
 
+# Whether a module is neither ours nor torch's.
+_outside: dict[str, bool] = {}
+
+
 def _caller() -> FrameType:
     """The innermost frame of the caller that is neither ours nor torch's."""
     frame = first = sys._getframe(2)
     while True:
         module = frame.f_globals.get("__name__", "")
-        if module != "torch" and not module.startswith(("torch.", "mindiesd.")):
+        outside = _outside.get(module)
+        if outside is None:
+            outside = not isinstance(module, str) or (
+                module != "torch" and not module.startswith(("torch.", "mindiesd."))
+            )
+            _outside[module] = outside
+        if outside:
             return frame
         if frame.f_back is None:
             return first
