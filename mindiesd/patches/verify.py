@@ -39,7 +39,23 @@ BLIND_NOISE = 32.0
 
 _UNDECIDED = "undecided"
 
-_busy = threading.local()
+class _Busy(threading.local):
+    """What a thread is about.
+
+    Attributes:
+        verifying: whether it is inside the original of a call that is being verified.
+        blocked: the patch whose calls are refused now, because their line failed.
+        outcomes: by patch, the reason of its last call.
+    """
+
+    def __init__(self) -> None:
+        """Nothing, in each thread anew."""
+        self.verifying = False
+        self.blocked = ""
+        self.outcomes: dict[str, str | None] = {}
+
+
+_busy = _Busy()
 
 
 @dataclass
@@ -227,7 +243,7 @@ def watch(
     def watched(*args: Any, **kwargs: Any) -> Any:
         if tracing():
             return replacement(*args, **kwargs)
-        if getattr(_busy, "verifying", False):
+        if _busy.verifying:
             # Inside the original of a call that is being verified: all of it must be original.
             return original(*args, **kwargs)
         verification = verification_now()
@@ -237,9 +253,9 @@ def watch(
         judging = comparable and place.left > 0
         if not judging and not place.failure and place.counts is None:
             return replacement(*args, **kwargs)
-        outcomes: dict[str, str | None] = vars(_busy).setdefault("outcomes", {})
+        outcomes = _busy.outcomes
         outcomes[name] = _UNDECIDED
-        outer = getattr(_busy, "blocked", "")
+        outer = _busy.blocked
         _busy.blocked = name if place.failure else outer
         try:
             ours = replacement(*args, **kwargs)
@@ -264,9 +280,9 @@ def watch(
 
 def note(name: str, reason: str | None) -> str | None:
     """Note what becomes of the current call of a patch; refuse it where its line failed before."""
-    if reason is None and getattr(_busy, "blocked", "") == name:
+    if reason is None and _busy.blocked == name:
         reason = FAILED
-    vars(_busy).setdefault("outcomes", {})[name] = reason
+    _busy.outcomes[name] = reason
     return reason
 
 
