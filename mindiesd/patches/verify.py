@@ -39,6 +39,7 @@ BLIND_NOISE = 32.0
 
 _UNDECIDED = "undecided"
 
+
 class _Busy(threading.local):
     """What a thread is about.
 
