@@ -12,16 +12,15 @@ a device that works asynchronously may tell of an error only when it is waited f
 
 from __future__ import annotations
 
-import functools
-import inspect
 import logging
 import sys
 from collections.abc import Callable, Hashable
 from types import CodeType, FunctionType
-from typing import Any, NamedTuple
+from typing import Any
 
 from mindiesd.errors import ParametersInvalid
 from mindiesd.patches.scope import Site
+from mindiesd.patches.wrapper import Template
 
 _log = logging.getLogger("mindiesd")
 
@@ -53,31 +52,15 @@ def guard(
     # Code of its own, see law.dress.
     replacement.__code__ = replacement.__code__.replace()
     faults = Faults(replacement, original, site)
-    space: dict[str, Any] = {}
-    exec(_compiled(*_parameters(replacement)), space)
-    template = space["make"](
-        replacement, original, faults.known, faults, torch.compiler.is_dynamo_compiling
-    )
-    # In the replacement's globals: torch.jit.script looks names up there.
-    made = FunctionType(
-        template.__code__.replace(),
-        replacement.__globals__,
-        replacement.__name__,
-        replacement.__defaults__,
-        template.__closure__,
-    )
-    made.__kwdefaults__ = replacement.__kwdefaults__
-    functools.update_wrapper(made, replacement)
-    # It has the parameters itself; what is to be followed is the original, see law.dress.
-    del vars(made)["__wrapped__"]
-    return made
+    tracing = torch.compiler.is_dynamo_compiling
+    return _GUARDED.around(replacement, replacement, original, faults.known, faults, tracing)
 
 
-# Written out for each list of parameters: passing them on as *args and **kwargs takes several times
-# as long as all the rest. Nothing can be caught in a graph, and Dynamo tells of its own errors. The
-# original is not called in the handler: what it raises has nothing to do with what ours raised.
-_LINE = sys._getframe().f_lineno + 1
-_TEMPLATE = """\
+# Nothing can be caught in a graph, and Dynamo tells of its own errors. The original is not called
+# in the handler: what it raises has nothing to do with what ours raised.
+_LINE = sys._getframe().f_lineno + 2
+_GUARDED = Template(
+    """\
 def make(_replacement, _original, _known, _faults, _tracing):
     def guarded({parameters}):
         if _tracing():
@@ -92,67 +75,10 @@ def make(_replacement, _original, _known, _faults, _tracing):
                 raise
         return _faults.call_original(fault, ({given}), {{{named}}})
     return guarded
-"""
-
-
-class _Parameters(NamedTuple):
-    """A function's parameters: their names, how many may be left out, the rest of either kind."""
-
-    ordinary: tuple[str, ...]
-    positional_only: int
-    defaults: int
-    keyword_only: tuple[str, ...]
-    more: str
-    others: str
-
-
-def _parameters(function: FunctionType) -> _Parameters:
-    code = function.__code__
-    names, count = code.co_varnames, code.co_argcount + code.co_kwonlyargcount
-    rest = iter(names[count:])
-    return _Parameters(
-        names[: code.co_argcount],
-        code.co_posonlyargcount,
-        len(function.__defaults__ or ()),
-        names[code.co_argcount : count],
-        f"*{next(rest)}" if code.co_flags & inspect.CO_VARARGS else "",
-        f"**{next(rest)}" if code.co_flags & inspect.CO_VARKEYWORDS else "",
-    )
-
-
-# Many replacements have the same parameters: compiling is what takes time.
-@functools.cache
-def _compiled(
-    ordinary: tuple[str, ...],
-    positional_only: int,
-    defaults: int,
-    keyword_only: tuple[str, ...],
-    more: str,
-    others: str,
-) -> CodeType:
-    """The template's code for these parameters, with the line numbers it has here."""
-    parameters = list(ordinary)
-    if positional_only:
-        parameters.insert(positional_only, "/")
-    parameters += [more] if more else ["*"] * bool(keyword_only)
-    parameters += [*keyword_only, others]
-    arguments = [*ordinary, more, *(f"{name}={name}" for name in keyword_only), others]
-    # A builtin may take by keyword only what a Python function takes by position as well.
-    optional = ordinary[max(len(ordinary) - defaults, positional_only) :]
-    if more:
-        optional = ()
-    plain = ordinary[: len(ordinary) - len(optional)]
-    by_name = [*optional, *keyword_only]
-    originals = [*plain, more, *(f"{name}={name}" for name in by_name), others]
-    named = [*(f"{name!r}: {name}" for name in by_name), others]
-    text = _TEMPLATE.format(
-        parameters=", ".join(filter(None, parameters)),
-        arguments=", ".join(filter(None, arguments)),
-        originals=", ".join(filter(None, originals)),
-        given="".join(f"{part}, " for part in [*plain, more] if part),
-        named=", ".join(filter(None, named)),
-    )
-    return compile("\n" * _LINE + text, __file__, "exec", dont_inherit=True)
+""",
+    __file__,
+    _LINE,
+)
 
 
 class Faults:

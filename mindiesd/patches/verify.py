@@ -11,8 +11,6 @@ by line; the line is looked up at every call, which costs about as much as a sma
 from __future__ import annotations
 
 import copy
-import functools
-import inspect
 import sys
 import threading
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from mindiesd.patches.ledger import Counts
+from mindiesd.patches.wrapper import Template
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,8 +99,25 @@ class Verification:
         # is held, so that no other gets its identity; equal code shares its lines.
         self._at: dict[tuple[str, int, int], tuple[Place, CodeType]] = {}
 
-    def place(self, patch: str, frame: FrameType) -> Place:
-        """The calling line that ``frame`` is at, first seen through ``patch``."""
+    def place(self, patch: str) -> Place:
+        """The calling line, now seen through ``patch``.
+
+        It is the innermost one in a module that is neither ours nor torch's; if there is none, the
+        line that calls the patched function.
+        """
+        # The first frames are this one's, the watch's, and the wrapper's.
+        frame = first = sys._getframe(3)
+        while True:
+            module = frame.f_globals.get("__name__", "")
+            outside = _outside.get(module)
+            if outside is None:
+                outside = _outside[module] = _is_outside(module)
+            if outside:
+                break
+            if frame.f_back is None:
+                frame = first
+                break
+            frame = frame.f_back
         code = frame.f_code
         instruction = (patch, id(code), frame.f_lasti)
         known = self._at.get(instruction)
@@ -239,48 +255,99 @@ def watch(
     """
     import torch
 
+    watch = _Watch(replacement, original, verification_now, name, reference, comparable)
     tracing = torch.compiler.is_dynamo_compiling
+    return _WATCHED.around(replacement, replacement, original, _judged, watch, tracing)
 
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        if tracing():
-            return replacement(*args, **kwargs)
-        if _busy.verifying:
-            # Inside the original of a call that is being verified: all of it must be original.
-            return original(*args, **kwargs)
-        verification = verification_now()
+
+# Inside the original of a call that is being verified, all must be original.
+_LINE = sys._getframe().f_lineno + 2
+_WATCHED = Template(
+    """\
+def make(_replacement, _original, _judged, _watch, _tracing):
+    def watched({parameters}):
+        if _tracing():
+            return _replacement({arguments})
+        if _judged and _watch.verifying():
+            return _original({originals})
+        _place = _watch.unsettled()
+        if _place is None:
+            return _replacement({arguments})
+        return _watch.call(_place, ({given}), {{{named}}})
+    return watched
+""",
+    __file__,
+    _LINE,
+)
+
+
+class _Watch:
+    """What one watched replacement does with the calls that are not settled yet."""
+
+    def __init__(
+        self,
+        replacement: Callable[..., Any],
+        original: Callable[..., Any],
+        verification_now: Callable[[], Verification | None],
+        name: str,
+        reference: Callable[..., Any] | None,
+        comparable: bool,
+    ) -> None:
+        """Watch it; the arguments are those of :func:`watch`."""
+        self._replacement = replacement
+        self._original = original
+        self._verification_now = verification_now
+        self._name = name
+        self._reference = reference
+        self._comparable = comparable
+
+    def verifying(self) -> bool:
+        """Whether this thread is inside the original of a call that is being verified."""
+        return _busy.verifying
+
+    def unsettled(self) -> Place | None:
+        """The calling line; None if nothing is to be done there, neither now nor later."""
+        verification = self._verification_now()
         if verification is None:
-            return replacement(*args, **kwargs)
-        place = verification.place(name, _caller())
-        judging = comparable and place.left > 0
-        if not judging and not place.failure and place.counts is None:
-            return replacement(*args, **kwargs)
+            return None
+        place = verification.place(self._name)
+        if (self._comparable and place.left > 0) or place.failure or place.counts is not None:
+            return place
+        return None
+
+    def call(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the replacement, note what became of it, and judge it if it is to be judged."""
+        judging = self._comparable and place.left > 0
         outcomes = _busy.outcomes
-        outcomes[name] = _UNDECIDED
+        outcomes[self._name] = _UNDECIDED
         outer = _busy.blocked
-        _busy.blocked = name if place.failure else outer
+        _judged.append(self._name)
         try:
-            ours = replacement(*args, **kwargs)
+            _busy.blocked = self._name if place.failure else outer
+            ours = self._replacement(*args, **kwargs)
+            outcome = outcomes[self._name]
+            if place.counts is not None and outcome != _UNDECIDED:
+                place.counts.redirected() if outcome is None else place.counts.fell_back(outcome)
+            if outcome is not None or not judging:
+                return ours
+            place.left -= 1
+            _busy.verifying = True
+            return _compare(place, ours, self._original, self._reference, args, kwargs)
         finally:
             _busy.blocked = outer
-        outcome = outcomes[name]
-        if place.counts is not None and outcome != _UNDECIDED:
-            place.counts.redirected() if outcome is None else place.counts.fell_back(outcome)
-        if outcome is not None or not judging:
-            return ours
-        place.left -= 1
-        _busy.verifying = True
-        try:
-            return _compare(place, ours, original, reference, args, kwargs)
-        finally:
             _busy.verifying = False
+            _judged.pop()
 
-    functools.update_wrapper(watched, replacement)
-    vars(watched)["__signature__"] = inspect.signature(replacement)
-    return watched
+
+# The patches of which a call is being judged or counted now, in any thread: as long as there is
+# none, nobody has to look at what is kept for the thread, which is slow.
+_judged: list[str] = []
 
 
 def note(name: str, reason: str | None) -> str | None:
     """Note what becomes of the current call of a patch; refuse it where its line failed before."""
+    if not _judged:
+        return reason
     if reason is None and _busy.blocked == name:
         reason = FAILED
     _busy.outcomes[name] = reason
@@ -288,25 +355,13 @@ def note(name: str, reason: str | None) -> str | None:
 
 
 # Whether a module is neither ours nor torch's.
-_outside: dict[str, bool] = {}
+_outside: dict[Any, bool] = {}
 
 
-def _caller() -> FrameType:
-    """The innermost frame of the caller that is neither ours nor torch's."""
-    frame = first = sys._getframe(2)
-    while True:
-        module = frame.f_globals.get("__name__", "")
-        outside = _outside.get(module)
-        if outside is None:
-            outside = not isinstance(module, str) or (
-                module != "torch" and not module.startswith(("torch.", "mindiesd."))
-            )
-            _outside[module] = outside
-        if outside:
-            return frame
-        if frame.f_back is None:
-            return first
-        frame = frame.f_back
+def _is_outside(module: Any) -> bool:
+    return not isinstance(module, str) or (
+        module != "torch" and not module.startswith(("torch.", "mindiesd."))
+    )
 
 
 def _compare(
