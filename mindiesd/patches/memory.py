@@ -5,15 +5,13 @@ tables of them every time. A result is found again by the identity of the tensor
 (views count by the tensor they look into), their version counters and the addresses of their
 memory, and by the numbers it depends on besides. It is made anew when it was written to itself.
 
-Like everything that counts versions, this cannot see writes through ``Tensor.data``. Nothing is
-kept of inference tensors (their versions are not counted), while a graph is traced or captured, or
-inside function transforms and dispatch modes.
+Nothing is kept of inference tensors, whose versions are not counted, nor where :mod:`.keeping` says
+so.
 """
 
 from __future__ import annotations
 
 import threading
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
@@ -21,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mindiesd.ops.backends.npu.call import frozen
-from mindiesd.ops.backends.npu.derived import current_stream
+from mindiesd.ops.marks import PLAIN, Mark
+from mindiesd.patches import keeping
 
 # Results that are kept at a time, the bytes of one that is too large, and of all together. What is
 # too large here takes little of the time of a step.
@@ -30,34 +28,9 @@ RESULTS = 64
 LARGEST = 64 << 20
 TOTAL = 256 << 20
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buffer") else (Tensor,)
-
-_dynamo: Callable[[], bool] = torch.compiler.is_dynamo_compiling
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
-_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
-
-
-class _Mark(NamedTuple):
-    """A tensor at one moment."""
-
-    tensor: weakref.ref[Tensor]
-    version: int
-    address: int
-
-    @staticmethod
-    def of(tensor: Tensor, forget: Callable[[Any], None] | None = None) -> _Mark:
-        return _Mark(weakref.ref(tensor, forget), tensor._version, tensor.data_ptr())
-
-    def holds(self, tensor: Tensor) -> bool:
-        return (
-            self.tensor() is tensor
-            and tensor._version == self.version
-            and tensor.data_ptr() == self.address
-        )
-
 
 class _Entry(NamedTuple):
-    sources: tuple[_Mark, ...]
+    sources: tuple[Mark, ...]
     result: Any
     versions: tuple[int, ...]
     size: int
@@ -109,7 +82,7 @@ class Memory:
         with self._lock:
             entry = self._entries.get(full)
             if entry is not None:
-                if all(map(_Mark.holds, entry.sources, roots)) and entry.versions == tuple(
+                if all(map(Mark.holds, entry.sources, roots)) and entry.versions == tuple(
                     tensor._version for tensor in _tensors(entry.result)
                 ):
                     self._entries.move_to_end(full)
@@ -124,7 +97,7 @@ class Memory:
             def forget(_: Any) -> None:
                 self._entries.pop(full, None)
 
-            marks = tuple(_Mark.of(root, forget) for root in roots)
+            marks = tuple(Mark.of(root, forget) for root in roots)
             versions = tuple(tensor._version for tensor in _tensors(result))
             self._entries[full] = _Entry(marks, result, versions, size)
             total = sum(kept.size for kept in list(self._entries.values()))
@@ -133,23 +106,14 @@ class Memory:
             return result
 
 
-def _place(device: torch.device, sources: tuple[Tensor, ...]) -> Hashable:
+def _place(device: torch.device, sources: tuple[Tensor, ...]) -> Hashable | None:
     """Device and stream; None if nothing may be kept here and now."""
-    if _dynamo() or _modes() or _transforms() is not None:
+    if keeping.tracing() or keeping.modes() or keeping.transforms() is not None:
         return None
     for source in sources:
-        if type(source) not in _PLAIN or source.is_inference() or source.requires_grad:
+        if type(source) not in PLAIN or source.is_inference() or source.requires_grad:
             return None
-    if device.type == "cpu":
-        return "cpu"
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        return "cuda", device.index, torch._C._cuda_getCurrentRawStream(device.index or 0)
-    if device.type == "npu":
-        probe = torch.empty(0, device=device)
-        return None if frozen(probe) else ("npu", probe.device.index, current_stream(probe))
-    return None
+    return keeping.place(device)
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
@@ -188,7 +152,7 @@ class Recent:
 
     def __call__(self, x: Tensor) -> Tensor:
         """``make(x)``; x is no inference tensor."""
-        kept: tuple[_Mark, _Mark, Hashable] | None = getattr(self._local, "kept", None)
+        kept: tuple[Mark, Mark, Hashable] | None = getattr(self._local, "kept", None)
         if kept is not None and kept[0].holds(x) and kept[2] == _place(x.device, (x,)):
             last = kept[1].tensor()
             if last is not None and last._version == kept[1].version:
@@ -196,7 +160,7 @@ class Recent:
         result: Tensor = MEMORY.recall(self._key, (x,), x.device, lambda: self._make(x))
         place = _place(x.device, (x,))
         if place is not None and _size(result, (x,)) is not None:
-            self._local.kept = _Mark.of(x), _Mark.of(result), place
+            self._local.kept = Mark.of(x), Mark.of(result), place
         return result
 
 

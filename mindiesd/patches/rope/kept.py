@@ -3,12 +3,10 @@
 A model makes its rotary tables once per forward and hands the same objects to every layer. What a
 kernel needs instead (real cosines and sines of full width, in four dimensions, on the device of x)
 is made when a table is first met and found again by the object's identity. An entry is valid for
-the very same objects, unwritten to since: a weak reference, so that nothing is kept alive, the
-version counter and the address of the memory tell. Like everything that counts versions, it cannot
-see writes through ``Tensor.data``.
+the very same objects, unwritten to since.
 
-Nothing is kept of inference tensors (their versions are not counted), while a graph is traced or
-captured, and inside function transforms and dispatch modes.
+Nothing is kept of inference tensors, whose versions are not counted, nor where :mod:`..keeping`
+says so.
 """
 
 from __future__ import annotations
@@ -20,8 +18,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from mindiesd.ops.backends.npu.call import frozen
-from mindiesd.ops.backends.npu.derived import current_stream
+from mindiesd.ops.marks import PLAIN, Mark
+from mindiesd.patches.keeping import modes, tracing, transforms
+from mindiesd.patches.keeping import place as place_of
 
 Tables: TypeAlias = tuple[Tensor, Tensor]
 Sources: TypeAlias = tuple[Tensor, ...]
@@ -35,12 +34,7 @@ RANGE = "tables outside of [-1, 1], which the Ascend kernel documents"
 SOURCES = 64
 KINDS = 16
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buffer") else (Tensor,)
-
-_dynamo: Callable[[], bool] = torch.compiler.is_dynamo_compiling
-_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 _jit: Callable[[], Any] = torch._C._get_tracing_state
-_transforms: Callable[[], Any] = torch._C._functorch.peek_interpreter_stack
 
 
 class _Entry:
@@ -48,7 +42,7 @@ class _Entry:
 
     __slots__ = ("decided", "made", "marks")
 
-    def __init__(self, marks: tuple[tuple[weakref.ref[Tensor], int, int], ...]) -> None:
+    def __init__(self, marks: tuple[Mark, ...]) -> None:
         self.marks = marks
         self.made: dict[Any, Tables | str] = {}
         self.decided: dict[Any, Tables | str] = {}
@@ -100,14 +94,14 @@ class Kept:
         This is what all layers but the first go through, so nothing is asked twice: an entry is
         only ever made of plain tensors.
         """
-        if _dynamo() or type(x) is not Tensor or _modes() or _jit() or _transforms() is not None:
+        if tracing() or type(x) is not Tensor or modes() or _jit() or transforms() is not None:
             return None
         entry = self._entries.get(id(sources[0]))
         if entry is None or not entry.holds(sources):
             return None
         place = None
         if not x.is_cpu:
-            place = _place(x)
+            place = place_of(x.device, x)
             if place is None:
                 return None
         return entry.decided.get((x.shape, x.dtype, place, facts))
@@ -120,11 +114,11 @@ class Kept:
             sources: the tables as the model passes them, one at least.
             facts: whatever else they depend on; hashable.
         """
-        if _dynamo() or _modes() or _transforms() is not None or type(x) not in _PLAIN:
+        if tracing() or modes() or transforms() is not None or type(x) not in PLAIN:
             return self._fitting(x, self.form(x, sources, facts))
         place = None
         if not x.is_cpu:
-            place = _place(x)
+            place = place_of(x.device, x)
             if place is None:
                 return self._fitting(x, self.form(x, sources, facts))
         entry = self._entries.get(id(sources[0]))
@@ -161,32 +155,20 @@ class Kept:
 
     def _enter(self, sources: Sources) -> _Entry | None:
         """A new entry, or None if nothing may be kept of these tables."""
-        if any(type(source) not in _PLAIN or source.is_inference() for source in sources):
+        if any(type(source) not in PLAIN or source.is_inference() for source in sources):
             return None
         key, entries = id(sources[0]), self._entries
 
         def forget(reference: weakref.ref[Tensor]) -> None:
             entry = entries.get(key)
-            if entry is not None and any(mark[0] is reference for mark in entry.marks):
+            if entry is not None and any(mark.tensor is reference for mark in entry.marks):
                 entries.pop(key, None)
 
-        entry = _Entry(tuple((weakref.ref(s, forget), s._version, s.data_ptr()) for s in sources))
+        entry = _Entry(tuple(Mark.of(source, forget) for source in sources))
         if len(entries) >= SOURCES:
             entries.clear()
         entries[key] = entry
         return entry
-
-
-def _place(x: Tensor) -> Any:
-    """Device and stream on which tables for x are made; None if they may not be kept."""
-    device = x.device
-    if device.type == "npu":
-        return None if frozen(x) else (device.index, current_stream(x))
-    if device.type == "cuda":
-        if torch.cuda.is_current_stream_capturing():
-            return None
-        return device.index, torch._C._cuda_getCurrentRawStream(device.index)
-    return None
 
 
 # Inference tensors have no version to keep a decision by. Whether their numbers are within bounds

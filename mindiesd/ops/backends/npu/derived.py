@@ -2,13 +2,11 @@
 
 A mask is the same for every layer of a step, and often for every step. What a kernel needs instead
 of it is kept here for as long as the tensor lives **and is not written to**: an entry is valid for
-one object (a weak reference, so nothing is kept alive), one version of its memory and one address,
-one way of looking at it and one stream. Views count by the tensor they look into, since attention
-layers make them anew at each call.
+one object, one version of its memory and one address, one way of looking at it and one stream.
+Views count by the tensor they look into, since attention layers make them anew at each call.
 
-What counts versions cannot see writes through ``Tensor.data``. Nothing is kept of inference tensors
-(their versions are not counted), of tensors of a subclass, and under tracing or graph capture the
-callers do not come here.
+Nothing is kept of inference tensors (their versions are not counted), of tensors of a subclass, and
+under tracing or graph capture the callers do not come here.
 """
 
 from __future__ import annotations
@@ -22,6 +20,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from mindiesd.ops.marks import PLAIN, Mark
+
 T = TypeVar("T")
 
 # Tensors whose derivatives are kept, derivatives of one, and the bytes of one that is too large.
@@ -29,16 +29,12 @@ SOURCES = 16
 FORMS = 8
 LARGEST = 256 << 20
 
-_PLAIN = (Tensor, torch.nn.Parameter, torch.nn.Buffer) if hasattr(torch.nn, "Buffer") else (Tensor,)
-
 
 class _Entry:
-    __slots__ = ("address", "forms", "source", "version")
+    __slots__ = ("forms", "mark")
 
-    def __init__(self, source: weakref.ref[Tensor], version: int, address: int) -> None:
-        self.source = source
-        self.version = version
-        self.address = address
+    def __init__(self, mark: Mark) -> None:
+        self.mark = mark
         self.forms: OrderedDict[Hashable, Any] = OrderedDict()
 
 
@@ -67,15 +63,13 @@ class Derived:
             key: which result.
             build: makes it; must return tensors with memory of their own.
         """
-        if type(source) not in _PLAIN or source.is_inference():
+        if type(source) not in PLAIN or source.is_inference():
             return build()
         root = source if source._base is None else source._base
-        version = source._version
-        # Assigning to `.data` changes no version. Views keep the memory they were made of.
-        address = root.data_ptr()
+        # Views have the version of what they look into, and keep its memory.
         form = (
             key,
-            source.data_ptr() - address,
+            source.data_ptr() - root.data_ptr(),
             source.shape,
             source.stride(),
             source.storage_offset(),
@@ -86,13 +80,8 @@ class Derived:
         # queues kernels.
         with self._lock:
             entry = self._entries.get(id(root))
-            if (
-                entry is None
-                or entry.source() is not root
-                or entry.version != version
-                or entry.address != address
-            ):
-                entry = self._new_entry(root, version, address)
+            if entry is None or not entry.mark.holds(root):
+                entry = self._new_entry(root)
             self._entries.move_to_end(id(root))
             if form in entry.forms:
                 entry.forms.move_to_end(form)
@@ -106,7 +95,7 @@ class Derived:
                     entry.forms.popitem(last=False)
             return made
 
-    def _new_entry(self, root: Tensor, version: int, address: int) -> _Entry:
+    def _new_entry(self, root: Tensor) -> _Entry:
         key = id(root)
         table = weakref.ref(self)
 
@@ -115,7 +104,7 @@ class Derived:
             if owner is not None:
                 owner._forget(key, reference)
 
-        entry = _Entry(weakref.ref(root, forget), version, address)
+        entry = _Entry(Mark.of(root, forget))
         self._entries[key] = entry
         if len(self._entries) > SOURCES:
             self._entries.popitem(last=False)
@@ -124,7 +113,7 @@ class Derived:
     def _forget(self, key: int, reference: weakref.ref[Tensor]) -> None:
         with self._lock:
             entry = self._entries.get(key)
-            if entry is not None and entry.source is reference:
+            if entry is not None and entry.mark.tensor is reference:
                 del self._entries[key]
 
 
