@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import mindiesd
 from mindiesd.ops import norm
@@ -47,6 +48,30 @@ def test_right_calls_are_verified_and_counted() -> None:
     assert "3 verified" in migration.report().summary()
     mindiesd.unpatch_all()
     torch.testing.assert_close(got, F.rms_norm(x, (64,), weight), rtol=0, atol=0)
+
+
+def test_a_line_that_was_verified_launches_nothing_more() -> None:
+    class Count(TorchDispatchMode):
+        launched = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            self.launched += 1
+            return func(*args, **kwargs or {})
+
+    model, x = torch.nn.Sequential(torch.nn.RMSNorm(8), torch.nn.LayerNorm(8)), torch.randn(4, 8)
+    launched = {}
+    for verify_first in (0, 2):
+        mindiesd.patch_all(verify=verify_first)
+        numbers = []
+        for _ in range(4):
+            with torch.no_grad(), Count() as count:
+                model(x)
+            numbers.append(count.launched)
+        launched[verify_first] = numbers
+        mindiesd.unpatch_all()
+    plain = launched[0][-1]
+    assert all(number > plain for number in launched[2][:2]), "it was not verified at all"
+    assert launched[2][2:] == [plain, plain]
 
 
 def test_wrong_calls_give_the_original_and_are_named(wrong_rms_norm: list[int]) -> None:
