@@ -1,6 +1,5 @@
 """Attention over chosen blocks: each kernel against a float64 reference with a token mask."""
 
-import math
 import threading
 
 import pytest
@@ -29,43 +28,32 @@ def token_mask(selection, queries, keys):
     return mask & oracles.top_left(queries, keys) if selection.causal else mask
 
 
-def shuffled(length, run):
-    """An order of tokens in which so many stay together, and the number, which divides both."""
-    run = math.gcd(length, run)
-    return (torch.randperm(length // run)[:, None] * run + torch.arange(run)).view(-1), run
-
-
-def random_selection(batch, heads, queries, keys, causal, ordered, run=1):
-    keep = torch.rand(batch, heads, blocks_of(queries), blocks_of(keys)) < 0.5
+def random_selection(batch, heads, queries, keys, causal, ordered, density=0.5):
+    keep = torch.rand(batch, heads, blocks_of(queries), blocks_of(keys)) < density
     if causal:
         keep &= torch.ones(keep.shape[-2:], dtype=torch.bool).tril()
     keep[..., 0] |= ~keep.any(-1)
-    if not ordered:
-        return Selection(keep, causal=causal)
-    (order_q, run_q), (order_k, run_k) = shuffled(queries, run), shuffled(keys, run)
-    return Selection(keep, order_q, order_k, causal, run_q, run_k)
+    orders = (torch.randperm(queries), torch.randperm(keys)) if ordered else (None, None)
+    return Selection(keep, *orders, causal)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @settings(deadline=None)
 @given(
-    st.sampled_from([1, 127, 128, 129, 304]),
+    st.sampled_from([1, 127, 128, 129, 300]),
     st.sampled_from([1, 127, 128, 129, 400]),
     st.sampled_from([(1, 1), (4, 2)]),
     st.sampled_from([(8, 8), (40, 24)]),
     st.sampled_from(DTYPES),
     st.sampled_from(["plain", "ordered", "causal"]),
-    st.sampled_from([1, 8, 16]),
     st.booleans(),
     st.sampled_from([1.0, 40.0]),
 )
-def test_any_shape(kernel, queries, keys, heads, dims, dtype, kind, run, head_first, magnitude):
+def test_any_shape(kernel, queries, keys, heads, dims, dtype, kind, head_first, magnitude):
     query = torch.randn(2, heads[0], queries, dims[0]).mul(magnitude).to(dtype)
     key = torch.randn(2, heads[1], keys, dims[0]).to(dtype)
     value = torch.randn(2, heads[1], keys, dims[1]).to(dtype)
-    selection = random_selection(
-        2, heads[0], queries, keys, kind == "causal", kind == "ordered", run
-    )
+    selection = random_selection(2, heads[0], queries, keys, kind == "causal", kind == "ordered")
     given_ = [t if head_first else t.transpose(1, 2).contiguous() for t in (query, key, value)]
     scale = dims[0] ** -0.5
     out = KERNELS[kernel](*given_, selection, scale, head_first)

@@ -7,17 +7,18 @@ from torch import Tensor
 
 from mindiesd.ops.sparse.selection import BLOCK, blocks_of
 
+# Blocks gathered at a time, per head: a copy of everything would double the memory of the call.
+_AT_ONCE = 8
 
-def block_means(x: Tensor, order: Tensor, run: int = 1) -> Tensor:
+
+def block_means(x: Tensor, order: Tensor | None) -> Tensor:
     """The mean of every 128 consecutive tokens in the given order, in float32 or better.
 
-    The last block is the mean of the tokens that are there. Tokens that stay together are added up
-    where they are, and only the sums are gathered.
+    The last block is the mean of the tokens that are there.
 
     Args:
         x: [B, N, S, D].
-        order: int64 [S].
-        run: how many consecutive tokens stay together in it; divides S and 128.
+        order: int64 [S], or None for the order they are in.
 
     Returns:
         [B, N, ceil(S / 128), D].
@@ -25,24 +26,24 @@ def block_means(x: Tensor, order: Tensor, run: int = 1) -> Tensor:
     batch, heads, length, dim = x.shape
     wide = torch.float64 if x.dtype is torch.float64 else torch.float32
     out = x.new_empty(batch, heads, blocks_of(length), dim, dtype=wide)
-    places = order if run == 1 else torch.div(order[::run], run, rounding_mode="floor")
-    per_block = BLOCK // run
-    whole = length // BLOCK
-    # One head at a time: a copy of everything would double the memory of the call.
+    step = BLOCK * _AT_ONCE
+    whole = length - length % BLOCK
+    # One head at a time, to gather from rows that follow each other where the layout has them so.
     for b in range(batch):
         for n in range(heads):
-            sums = x[b, n]
-            if run > 1:
-                sums = sums.view(-1, run, dim).sum(1, dtype=wide)
-            for start in range(0, whole, _AT_ONCE):
-                stop = min(start + _AT_ONCE, whole)
-                part = sums.index_select(0, places[start * per_block : stop * per_block])
-                torch.mean(part.view(-1, per_block, dim), 1, dtype=wide, out=out[b, n, start:stop])
-            if whole < out.shape[2]:
-                part = sums.index_select(0, places[whole * per_block :])
-                torch.mean(part, 0, dtype=wide, out=out[b, n, whole])
-    return out if run == 1 else out.div_(run)
+            tokens, means = x[b, n], out[b, n]
+            for start in range(0, whole, step):
+                stop = min(start + step, whole)
+                part = _take(tokens, order, start, stop).view(-1, BLOCK, dim)
+                places = means[start // BLOCK : stop // BLOCK]
+                torch.mean(part, 1, dtype=wide, out=places)
+            if whole != length:
+                part = _take(tokens, order, whole, length)
+                torch.mean(part, 0, dtype=wide, out=means[-1])
+    return out
 
 
-# Blocks gathered at a time, so that what is gathered stays in a core's cache.
-_AT_ONCE = 8
+def _take(tokens: Tensor, order: Tensor | None, start: int, stop: int) -> Tensor:
+    if order is None:
+        return tokens[start:stop].contiguous()
+    return tokens.index_select(0, order[start:stop])

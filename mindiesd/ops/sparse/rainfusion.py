@@ -16,7 +16,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from mindiesd.ops.sparse.pooling import block_means
-from mindiesd.ops.sparse.rearrange import run_length, sequence_order
+from mindiesd.ops.sparse.rearrange import sequence_order
 from mindiesd.ops.sparse.selection import BLOCK, Selection, blocks_of, kept, largest
 
 
@@ -48,9 +48,7 @@ def select(
     """
     order_q = sequence_order(latent_q, text_q, text_last, query.device)
     order_k = sequence_order(latent_k, text_k, text_last, key.device)
-    run_q = run_length(latent_q, text_q, text_last)
-    run_k = run_length(latent_k, text_k, text_last)
-    means_q, means_k = block_means(query, order_q, run_q), block_means(key, order_k, run_k)
+    means_q, means_k = block_means(query, order_q), block_means(key, order_k)
     groups = query.shape[1] // key.shape[1]
     if groups != 1:
         means_k = means_k.repeat_interleave(groups, 1)
@@ -65,4 +63,4 @@ def select(
             chosen[..., (length - text) // BLOCK :, :] = True
         if protect_first_frame:
             chosen[..., : blocks_of(latent[1] * latent[2]), :] = True
-    return Selection(keep, order_q, order_k, run_q=run_q, run_k=run_k)
+    return Selection(keep, order_q, order_k)

@@ -12,14 +12,11 @@ anyway reads them in that order without a copy of the tensors.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
 from torch import Tensor
-
-from mindiesd.ops.sparse.selection import BLOCK
 
 TILE = 8
 
@@ -71,29 +68,6 @@ def sequence_order(
             else torch.cat([tile_order(*latent) + text, words])
         )
         return order.to(device)
-
-
-@lru_cache(maxsize=32)
-def run_length(latent: tuple[int, int, int], text: int, text_last: bool) -> int:
-    """How many tokens stay together in that order: the largest power of two, up to a block.
-
-    Cut into runs of this length, the new sequence consists of the old one's runs. What gathers or
-    adds up tokens can do so by the run.
-
-    Args:
-        latent: as for :func:`sequence_order`, and so are the others.
-        text: likewise.
-        text_last: likewise.
-    """
-    order = sequence_order(latent, text, text_last, torch.device("cpu"))
-    run = math.gcd(order.shape[0], BLOCK)
-    while run > 1:
-        runs = order.view(-1, run)
-        together = runs == runs[:, :1] + torch.arange(run, device="cpu")
-        if bool(together.all()) and not bool((runs[:, 0] % run).any()):
-            break
-        run //= 2
-    return run
 
 
 def latent_of(shape: Sequence[int]) -> tuple[int, int, int]:

@@ -24,17 +24,12 @@ class Selection:
         order_k: int64 [Skv], the same for keys.
         causal: whether query i sees the keys j <= i only; then no order is given, and a query block
             keeps no key block after its own.
-        run_q: how many consecutive tokens stay together in the queries' order, as
-            :func:`~mindiesd.ops.sparse.rearrange.run_length` says; 1 is always true.
-        run_k: the same for keys.
     """
 
     keep: Tensor
     order_q: Tensor | None = None
     order_k: Tensor | None = None
     causal: bool = False
-    run_q: int = 1
-    run_k: int = 1
 
 
 def blocks_of(length: int) -> int:
