@@ -255,9 +255,9 @@ def watch(
     """
     import torch
 
-    watch = _Watch(replacement, original, verification_now, name, reference, comparable)
+    watched = _Watch(replacement, original, verification_now, name, reference, comparable)
     tracing = torch.compiler.is_dynamo_compiling
-    return _WATCHED.around(replacement, replacement, original, _judged, watch, tracing)
+    return _WATCHED.around(replacement, replacement, original, _judged, watched, tracing)
 
 
 # Inside the original of a call that is being verified, all must be original.
