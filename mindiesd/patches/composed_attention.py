@@ -405,13 +405,17 @@ def build_pooled(original: Any, site: Site) -> Callable[..., Any]:
             return unfit(probe, states, states)
         return unfit(probe, states, mask) or (None if mask.dtype is probe.dtype else MASK_DTYPE)
 
-    def pooled(attention: Any, probe: Any, states: Any, mask: Any = None) -> Any:
+    def pooled(attention: Any, probe: Any, states: Any) -> Any:
+        if site.takes(refusal(attention, probe, states, None)):
+            return attention(probe, states, states, need_weights=False)[0]
+        return original(attention, probe, states)
+
+    def masked(attention: Any, probe: Any, states: Any, mask: Any) -> Any:
         if site.takes(refusal(attention, probe, states, mask)):
             return attention(probe, states, states, attn_mask=mask, need_weights=False)[0]
-        more = () if original.__code__.co_argcount == 3 else (mask,)
-        return original(attention, probe, states, *more)
+        return original(attention, probe, states, mask)
 
-    return pooled
+    return pooled if original.__code__.co_argcount == 3 else masked
 
 
 # References.

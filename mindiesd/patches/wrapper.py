@@ -50,6 +50,20 @@ class Template(NamedTuple):
         return wrapper
 
 
+def alike(function: FunctionType, other: FunctionType) -> bool:
+    """Whether ``other`` takes what a wrapper of ``function`` passes on to the original.
+
+    That is the ordinary parameters by position, those with a default value by name.
+    """
+    one, two = _parameters(function), _parameters(other)
+    if one.more:
+        return True  # whatever it is given, by position
+    optional = one.ordinary[max(len(one.ordinary) - one.defaults, one.positional_only) :]
+    known = {*two.ordinary[two.positional_only :], *two.keyword_only}
+    named = bool(two.others) or known >= {*optional, *one.keyword_only}
+    return named and (bool(two.more) or len(one.ordinary) == len(two.ordinary))
+
+
 class _Parameters(NamedTuple):
     """A function's parameters: their names, how many may be left out, the rest of either kind."""
 

@@ -54,7 +54,7 @@ def test_exec_and_shells_are_used_in_few_places():
                 word.arg == "shell" and ast.unparse(word.value) != "False" for word in node.keywords
             ):
                 users["shell"].add(path.relative_to(PACKAGE).as_posix())
-    own = {f"patches/{name}.py" for name in ("source", "rewriting/source", "faults")}
+    own = {f"patches/{name}.py" for name in ("source", "rewriting/source", "wrapper")}
     assert users["shell"] == set()
     assert users["exec"] <= own
     assert users["compile"] <= own

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
-from mindiesd.patches import faults, verify
+from mindiesd.patches import faults, verify, wrapper
 from mindiesd.patches.rewriting import flow, pattern, runs
 from mindiesd.patches.rewriting.rules import Expression, Kind, Nested, Statements, Whole
 from mindiesd.patches.rewriting.source import Source, SourceUnknown, read
@@ -108,7 +108,11 @@ def _decorated(
 
 
 def _built(kind: Kind, original: types.FunctionType, site: Site) -> Any:
-    return faults.guard(_resolved(kind.build)(original, site), original, site)
+    replacement = _resolved(kind.build)(original, site)
+    if not wrapper.alike(replacement, original):
+        # After a fault, and while it is verified, the original is called as the replacement was.
+        raise SourceUnknown(f"{kind.name} does not take what its replacement takes")
+    return faults.guard(replacement, original, site)
 
 
 def _resolved(path: str) -> Any:
