@@ -675,6 +675,11 @@ SKIPPED = (
                 "The inner function has default values, which are not carried over",
                 "As for another version",
             ),
+            Reason(
+                "… does not take what its replacement takes",
+                "The inner function has other parameters than the replacement was written for",
+                "As for another version",
+            ),
         ),
     ),
 )
