@@ -105,8 +105,10 @@ class Verification:
         It is the innermost one in a module that is neither ours nor torch's; if there is none, the
         line that calls the patched function.
         """
-        # The first frames are this one's, the watch's, and the wrapper's.
-        frame = first = sys._getframe(3)
+        # The first frames are this one's, the watch's, and the wrapper's, which a thread may have
+        # been started with.
+        wrapper = sys._getframe(2)
+        frame = first = wrapper.f_back or wrapper
         while True:
             module = frame.f_globals.get("__name__", "")
             outside = _outside.get(module)

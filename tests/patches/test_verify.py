@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import _thread
 import copy
+import sys
+import time
 from typing import Any
 
 import pytest
@@ -72,6 +75,23 @@ def test_a_line_that_was_verified_launches_nothing_more() -> None:
     plain = launched[0][-1]
     assert all(number > plain for number in launched[2][:2]), "it was not verified at all"
     assert launched[2][2:] == [plain, plain]
+
+
+def test_a_thread_that_runs_nothing_but_the_call() -> None:
+    """No line of Python calls it: the function itself is the place."""
+    migration = mindiesd.patch_all(verify=1)
+    raised: list[Any] = []
+    hook, sys.unraisablehook = sys.unraisablehook, raised.append
+    try:
+        _thread.start_new_thread(F.rms_norm, (torch.randn(4, 8), (8,)))
+        deadline = time.monotonic() + 60
+        while not raised and not entry(migration, "torch_rms_norm").verified:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        sys.unraisablehook = hook
+    assert not raised
+    assert entry(migration, "torch_rms_norm").verified == 1
 
 
 def test_wrong_calls_give_the_original_and_are_named(wrong_rms_norm: list[int]) -> None:
