@@ -332,9 +332,11 @@ class _Watch:
                 place.counts.redirected() if outcome is None else place.counts.fell_back(outcome)
             if outcome is not None or not judging:
                 return ours
-            place.left -= 1
             _busy.verifying = True
-            return _compare(place, ours, self._original, self._reference, args, kwargs)
+            result = _compare(place, ours, self._original, self._reference, args, kwargs)
+            # Only now: until the verdict is there, other threads' calls are judged too.
+            place.left -= 1
+            return result
         finally:
             _busy.blocked = outer
             _busy.verifying = False

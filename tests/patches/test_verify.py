@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import copy
 import sys
+import threading
 import time
 from typing import Any
 
@@ -109,6 +110,37 @@ def test_wrong_calls_give_the_original_and_are_named(wrong_rms_norm: list[int]) 
     assert "float32[4, 64] on cpu" in failure
     text = " ".join(str(migration.report()).split())
     assert "FAILED verification" in text and "1 lines FAILED" in text
+
+
+def test_nobody_gets_an_unjudged_result_while_the_first_is_judged(
+    monkeypatch: pytest.MonkeyPatch, wrong_rms_norm: list[int]
+) -> None:
+    x = torch.randn(4, 64)
+    expected = F.rms_norm(x, (64,))
+    judging, done, right = threading.Event(), threading.Event(), verify.judge
+
+    def slowly(*args: Any) -> Any:
+        if not judging.is_set():
+            judging.set()
+            assert done.wait(60)
+        return right(*args)
+
+    monkeypatch.setattr(verify, "judge", slowly)
+    results = []
+    mindiesd.patch_all(verify=1)
+
+    def call() -> None:
+        results.append(F.rms_norm(x, (64,)))
+
+    first = threading.Thread(target=call)
+    first.start()
+    assert judging.wait(60)
+    call()
+    done.set()
+    first.join()
+    assert len(results) == 2
+    for result in results:
+        torch.testing.assert_close(result, expected, rtol=0, atol=0)
 
 
 def test_a_failure_concerns_its_line_only(monkeypatch: pytest.MonkeyPatch) -> None:
