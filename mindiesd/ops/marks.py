@@ -14,11 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-PLAIN: tuple[type, ...] = (Tensor, torch.nn.Parameter)
-"""The types whose versions are counted and whose memory is their own."""
-
-if hasattr(torch.nn, "Buffer"):
-    PLAIN = (*PLAIN, torch.nn.Buffer)
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types whose versions are counted and whose memory is their own; buffers are tensors."""
 
 
 class Mark(NamedTuple):

@@ -405,17 +405,14 @@ def build_pooled(original: Any, site: Site) -> Callable[..., Any]:
             return unfit(probe, states, states)
         return unfit(probe, states, mask) or (None if mask.dtype is probe.dtype else MASK_DTYPE)
 
-    def pooled(attention: Any, probe: Any, states: Any) -> Any:
-        if site.takes(refusal(attention, probe, states, None)):
-            return attention(probe, states, states, need_weights=False)[0]
-        return original(attention, probe, states)
-
-    def masked(attention: Any, probe: Any, states: Any, mask: Any) -> Any:
+    def pooled(attention: Any, probe: Any, states: Any, *given: Any) -> Any:
+        # What it replaces takes a mask, or none.
+        (mask,) = given or (None,)
         if site.takes(refusal(attention, probe, states, mask)):
             return attention(probe, states, states, attn_mask=mask, need_weights=False)[0]
-        return original(attention, probe, states, mask)
+        return original(attention, probe, states, *given)
 
-    return pooled if original.__code__.co_argcount == 3 else masked
+    return pooled
 
 
 # References.

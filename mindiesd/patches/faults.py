@@ -13,7 +13,6 @@ a device that works asynchronously may tell of an error only when it is waited f
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Hashable
 from types import CodeType, FunctionType
 from typing import Any
@@ -58,8 +57,7 @@ def guard(
 
 # Nothing can be caught in a graph, and Dynamo tells of its own errors. The original is not called
 # in the handler: what it raises has nothing to do with what ours raised.
-_LINE = sys._getframe().f_lineno + 2
-_GUARDED = Template(
+_GUARDED = Template.here(
     """\
 def make(_replacement, _original, _known, _faults, _tracing):
     def guarded({parameters}):
@@ -75,9 +73,7 @@ def make(_replacement, _original, _known, _faults, _tracing):
                 raise
         return _faults.call_original(fault, ({given}), {{{named}}})
     return guarded
-""",
-    __file__,
-    _LINE,
+"""
 )
 
 

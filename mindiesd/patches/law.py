@@ -10,8 +10,10 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
+
+from mindiesd.patches.wrapper import parameters
 
 GRADIENTS = "needs gradients"
 DROPOUT = "dropout"
@@ -114,24 +116,14 @@ def _parameters(signature: inspect.Signature) -> list[tuple[Any, ...]]:
 
 
 def _plain_parameters(function: Any) -> tuple[Any, ...]:
-    """The same, read from the function itself: a signature takes much longer to make.
+    """The same, read from the function itself.
 
     Two that are equal here have equal signatures unless a decorator states another one, and then
     they are made unequal.
     """
     if "__wrapped__" in vars(function) or "__signature__" in vars(function):
         return (id(function),)
-    code: CodeType = function.__code__
-    count = code.co_argcount + code.co_kwonlyargcount
-    more = bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
-    return (
-        code.co_varnames[: count + more],
-        code.co_argcount,
-        code.co_posonlyargcount,
-        code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS),
-        function.__defaults__ or (),
-        function.__kwdefaults__ or {},
-    )
+    return parameters(function), function.__defaults__ or (), function.__kwdefaults__ or {}
 
 
 def _share_names(replacement: Callable[..., Any], original: FunctionType) -> None:

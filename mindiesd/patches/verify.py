@@ -263,8 +263,7 @@ def watch(
 
 
 # Inside the original of a call that is being verified, all must be original.
-_LINE = sys._getframe().f_lineno + 2
-_WATCHED = Template(
+_WATCHED = Template.here(
     """\
 def make(_replacement, _original, _judged, _watch, _tracing):
     def watched({parameters}):
@@ -277,31 +276,20 @@ def make(_replacement, _original, _judged, _watch, _tracing):
             return _replacement({arguments})
         return _watch.call(_place, ({given}), {{{named}}})
     return watched
-""",
-    __file__,
-    _LINE,
+"""
 )
 
 
+@dataclass(frozen=True)
 class _Watch:
-    """What one watched replacement does with the calls that are not settled yet."""
+    """What one watched replacement does with calls; the attributes are those of :func:`watch`."""
 
-    def __init__(
-        self,
-        replacement: Callable[..., Any],
-        original: Callable[..., Any],
-        verification_now: Callable[[], Verification | None],
-        name: str,
-        reference: Callable[..., Any] | None,
-        comparable: bool,
-    ) -> None:
-        """Watch it; the arguments are those of :func:`watch`."""
-        self._replacement = replacement
-        self._original = original
-        self._verification_now = verification_now
-        self._name = name
-        self._reference = reference
-        self._comparable = comparable
+    replacement: Callable[..., Any]
+    original: Callable[..., Any]
+    verification_now: Callable[[], Verification | None]
+    name: str
+    reference: Callable[..., Any] | None
+    comparable: bool
 
     def verifying(self) -> bool:
         """Whether this thread is inside the original of a call that is being verified."""
@@ -309,31 +297,31 @@ class _Watch:
 
     def unsettled(self) -> Place | None:
         """The calling line; None if nothing is to be done there, neither now nor later."""
-        verification = self._verification_now()
+        verification = self.verification_now()
         if verification is None:
             return None
-        place = verification.place(self._name)
-        if (self._comparable and place.left > 0) or place.failure or place.counts is not None:
+        place = verification.place(self.name)
+        if (self.comparable and place.left > 0) or place.failure or place.counts is not None:
             return place
         return None
 
     def call(self, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the replacement, note what became of it, and judge it if it is to be judged."""
-        judging = self._comparable and place.left > 0
+        judging = self.comparable and place.left > 0
         outcomes = _busy.outcomes
-        outcomes[self._name] = _UNDECIDED
+        outcomes[self.name] = _UNDECIDED
         outer = _busy.blocked
-        _judged.append(self._name)
+        _judged.append(self.name)
         try:
-            _busy.blocked = self._name if place.failure else outer
-            ours = self._replacement(*args, **kwargs)
-            outcome = outcomes[self._name]
+            _busy.blocked = self.name if place.failure else outer
+            ours = self.replacement(*args, **kwargs)
+            outcome = outcomes[self.name]
             if place.counts is not None and outcome != _UNDECIDED:
                 place.counts.redirected() if outcome is None else place.counts.fell_back(outcome)
             if outcome is not None or not judging:
                 return ours
             _busy.verifying = True
-            result = _compare(place, ours, self._original, self._reference, args, kwargs)
+            result = _compare(place, ours, self.original, self.reference, args, kwargs)
             # Only now: until the verdict is there, other threads' calls are judged too.
             place.left -= 1
             return result

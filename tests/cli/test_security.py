@@ -41,7 +41,7 @@ def test_no_pickle_is_loaded():
 
 
 def test_exec_and_shells_are_used_in_few_places():
-    """What is compiled are the library's own functions and one template; nobody starts a shell."""
+    """Compiled are the library's own functions and templates of wrappers; nobody starts a shell."""
     users = {"exec": set(), "compile": set(), "shell": set()}
     for path, tree in sources():
         for node in ast.walk(tree):

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from mindiesd.patches import faults, verify
 from mindiesd.patches.wrapper import Template, alike
 
-PASSING = Template(
+PASSING = Template.here(
     """\
 def make(_wrapped, _original, _seen):
     def passing({parameters}):
         _seen.append((({given}), {{{named}}}))
         return _wrapped({arguments}), _original({originals})
     return passing
-""",
-    __file__,
-    20,
+"""
 )
 
 
@@ -77,13 +77,35 @@ def test_what_is_passed_on(function: Any, args: Any, kwargs: Any) -> None:
     assert alike(function, function)
 
 
-@pytest.mark.parametrize(("function", "args", "kwargs"), CALLS)
-def test_what_is_refused_is_refused(function: Any, args: Any, kwargs: Any) -> None:
+@pytest.mark.parametrize(
+    ("function", "args", "kwargs"),
+    [
+        (plain, (1,), {}),
+        (plain, (1, 2, 3), {}),
+        (plain, (1, 2), {"b": 3}),
+        (optional, (), {}),
+        (optional, (1,), {"x": 2}),
+        (by_keyword, (1, 2), {}),
+        (by_keyword, (1,), {}),
+        (positional, (), {"a": 1}),
+        (positional, (1,), {"b": 1}),
+        (any_number, (), {"b": 2}),
+        (any_number, (1,), {"x": 2}),
+        (others, (), {"x": 2}),
+    ],
+)
+def test_what_is_refused(function: Any, args: Any, kwargs: Any) -> None:
     wrapper = PASSING.around(function, function, function, [])
-    with pytest.raises(TypeError):
-        function(*args, **kwargs, unknown=1) if function is not others else function()
-    with pytest.raises(TypeError):
-        wrapper(*args, **kwargs, unknown=1) if function is not others else wrapper()
+    for refusing in (function, wrapper):
+        with pytest.raises(TypeError, match=function.__name__):
+            refusing(*args, **kwargs)
+
+
+@pytest.mark.parametrize("template", [PASSING, faults._GUARDED, verify._WATCHED])
+def test_a_template_knows_its_line(template: Template) -> None:
+    lines = Path(template.file).read_text(encoding="utf-8").splitlines()
+    text = template.text.splitlines()
+    assert lines[template.line - 1 : template.line - 1 + len(text)] == text
 
 
 def test_errors_name_the_line_of_the_template() -> None:
@@ -92,8 +114,8 @@ def test_errors_name_the_line_of_the_template() -> None:
 
     with pytest.raises(ValueError, match="broken") as caught:
         PASSING.around(broken, broken, broken, [])(1)
-    lines = [(str(entry.path), entry.lineno + 1) for entry in caught.traceback]
-    assert (__file__, 20 + 4) in lines
+    called = PASSING.line + 3
+    assert (__file__, called) in [(str(one.path), one.lineno + 1) for one in caught.traceback]
 
 
 def test_alike() -> None:
@@ -115,3 +137,4 @@ def test_alike() -> None:
     assert not alike(optional, positional)
     assert alike(optional, takes_all) and alike(by_keyword, takes_all)
     assert not alike(named, plain)
+    assert not alike(any_number, fewer)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mindiesd.ops.marks import PLAIN
 from mindiesd.ops.sparse import adaptive, gathered, rainfusion, threaded
 from mindiesd.ops.sparse.rearrange import latent_of
 from mindiesd.ops.sparse.selection import Selection
@@ -87,10 +88,7 @@ def attend_sparsely(
 
 def _traced(tensor: Tensor) -> bool:
     """Whether the blocks cannot be looked at now: the call is compiled, exported, fake or meta."""
-    return torch.compiler.is_compiling() or type(tensor) not in _PLAIN or tensor.is_meta
-
-
-_PLAIN = (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or type(tensor) not in PLAIN or tensor.is_meta
 
 
 def _compute(

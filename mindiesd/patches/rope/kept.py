@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from mindiesd.ops.marks import PLAIN, Mark
+from mindiesd.patches import keeping
 from mindiesd.patches.keeping import modes, tracing, transforms
-from mindiesd.patches.keeping import place as place_of
 
 Tables: TypeAlias = tuple[Tensor, Tensor]
 Sources: TypeAlias = tuple[Tensor, ...]
@@ -51,7 +51,8 @@ class _Entry:
         """Whether these are the objects it was made from, unwritten to since."""
         if len(sources) != len(self.marks):
             return False
-        for at, (reference, version, address) in enumerate(self.marks):  # half of what zip takes
+        # Mark.holds for each, written out: every layer asks, and this takes half as long.
+        for at, (reference, version, address) in enumerate(self.marks):
             source = sources[at]
             if (
                 reference() is not source
@@ -101,7 +102,7 @@ class Kept:
             return None
         place = None
         if not x.is_cpu:
-            place = place_of(x.device, x)
+            place = keeping.place(x.device, x)
             if place is None:
                 return None
         return entry.decided.get((x.shape, x.dtype, place, facts))
@@ -118,7 +119,7 @@ class Kept:
             return self._fitting(x, self.form(x, sources, facts))
         place = None
         if not x.is_cpu:
-            place = place_of(x.device, x)
+            place = keeping.place(x.device, x)
             if place is None:
                 return self._fitting(x, self.form(x, sources, facts))
         entry = self._entries.get(id(sources[0]))

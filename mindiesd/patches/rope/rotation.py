@@ -10,14 +10,13 @@ from torch import Tensor
 from torch.overrides import has_torch_function_variadic
 
 from mindiesd.ops import rope
+from mindiesd.ops.marks import PLAIN
 from mindiesd.patches import law
 from mindiesd.patches.rope import forms
 from mindiesd.patches.rope.kept import Kept, Tables
 
 if TYPE_CHECKING:
     from mindiesd.patches.rope.family import Family
-
-_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class Rotation(NamedTuple):
@@ -67,7 +66,7 @@ def reader(kept: Kept) -> Callable[..., Tables | str]:
         if has_torch_function_variadic(x, *sources):
             # Also true of plain tensors under a mode, such as torch.set_default_device.
             for tensor in (x, *sources):
-                if type(tensor) not in _PLAIN:
+                if type(tensor) not in PLAIN:
                     return law.UNUSUAL_ARGUMENT
         if grad_enabled():
             for tensor in (x, *sources):
