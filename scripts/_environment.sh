@@ -45,7 +45,8 @@ stamp=$name/mindiesd-stamp
 read -r made_from installed_from < <("$python" - "$PWD" "$extras" <<'PY'
 import hashlib, pathlib, sys
 made_from = "\0".join([sys.version, *sys.argv[1:]]).encode()
-files = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+files = [pathlib.Path(name).read_bytes() for name in ("pyproject.toml", "constraints.txt", "setup.py",
+         "mindiesd/compiled/rows.c", "mindiesd/compiled/rows.h")]
 print(*(hashlib.sha256(text).hexdigest() for text in (made_from, b"\0".join(files))))
 PY
 )

@@ -87,6 +87,8 @@ def _items() -> Iterator[Item]:
         yield cann._replace(state=NOTE) if npu.state != FIX and cann.state == FIX else cann
         yield npu
     yield _library(os.environ)
+    if torch is not None:
+        yield _sparse()
     yield _emulator(torch, torch_npu)
     for name in ("diffusers", "transformers"):
         version = found[name]
@@ -186,6 +188,16 @@ def _library(environ: Mapping[str, str]) -> Item:
         text = f"{variable}={path} is no absolute path of a file: correct it or unset it"
         return Item(FIX, "kernel library", text)
     return Item(OK, "kernel library", f"{variable}={path}")
+
+
+def _sparse() -> Item:
+    name = "sparse on CPU"
+    from mindiesd.compiled.library import Library, LibraryUnavailable
+
+    try:
+        return Item(OK, name, f"compiled, uses {Library().instructions}")
+    except LibraryUnavailable as error:
+        return Item(NOTE, name, f"computed by ATen's operators, which takes longer: {error}")
 
 
 def _emulator(torch: str | None, torch_npu: str | None) -> Item:

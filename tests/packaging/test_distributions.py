@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ SOURCES = (
     "MANIFEST.in",
     "constraints.txt",
     "pyproject.toml",
+    "setup.py",
     "docs",
     "tests",
     "examples",
@@ -34,7 +36,8 @@ SOURCES = (
 )
 VERSION = mindiesd.__version__
 # What a run of the suite leaves in the folders that are copied.
-LEFTOVERS = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc")
+LEFTOVERS = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc", "*.so")
+LIBRARY = "mindiesd/compiled/_rows.so"
 
 pytestmark = pytest.mark.slow
 
@@ -87,20 +90,20 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 
 def package() -> set[str]:
-    """The files of the package, as they stand here."""
+    """The files of the package, as they stand here, without what is compiled."""
     return {
         path.relative_to(ROOT).as_posix()
         for path in (ROOT / "mindiesd").rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
 
 
 def test_the_wheel_holds_the_package_and_nothing_else(wheel):
-    assert wheel.name == f"mindiesd-{VERSION}-py3-none-any.whl"
+    assert re.fullmatch(rf"mindiesd-{re.escape(VERSION)}-py3-none-linux_\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
     info = f"mindiesd-{VERSION}.dist-info/"
-    assert {name for name in names if not name.startswith(info)} == package()
+    assert {name for name in names if not name.startswith(info)} == {*package(), LIBRARY}
     assert {name.removeprefix(info) for name in names if name.startswith(info)} == {
         "METADATA",
         "RECORD",
@@ -111,6 +114,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel):
     }
     assert {
         "mindiesd/py.typed",
+        "mindiesd/compiled/rows.c",
+        "mindiesd/compiled/rows.h",
         "mindiesd/emulator/cann.c",
         "mindiesd/patches/report.schema.json",
         "mindiesd/bootstrap/path/sitecustomize.py",
@@ -123,6 +128,7 @@ def test_the_source_distribution(sdist):
         names = {name.partition("/")[2] for name in archive.getnames()} - {""}
         files = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
     assert package() <= names
+    assert LIBRARY not in names
     others = {name for name in files if not name.startswith(("mindiesd/", "mindiesd.egg-info/"))}
     assert others == {
         "CHANGELOG.md",
@@ -133,6 +139,7 @@ def test_the_source_distribution(sdist):
         "constraints.txt",
         "pyproject.toml",
         "setup.cfg",
+        "setup.py",
     }
 
 
@@ -215,6 +222,8 @@ def test_installed_alone_it_starts(wheel, tmp_path, minor):
     assert "scaled_dot_product_attention" in run(command, "--list", cwd=tmp_path, env=clean)
     code = "import mindiesd, sys; assert 'torch' not in sys.modules; print(mindiesd.__file__)"
     assert str(site) in run(python, "-I", "-c", code, cwd=tmp_path, env=clean)
+    code = "from mindiesd.compiled.library import FOLDER; print((FOLDER / '_rows.so').exists())"
+    assert run(python, "-I", "-c", code, cwd=tmp_path, env=clean) == "True\n"
     # The launcher's start-up code is found in the installed package, and says what is missing.
     shown = run(command, "-c", "print('ran')", cwd=tmp_path, env=clean)
     assert "ran" in shown
@@ -222,6 +231,31 @@ def test_installed_alone_it_starts(wheel, tmp_path, minor):
     done = subprocess.run([command, "--status"], cwd=tmp_path, env=clean, capture_output=True)
     assert done.returncode == 1, "torch is missing"
     assert b"FIX   torch " in done.stdout
+
+
+def test_without_a_compiler_the_package_is_whole(checkout, tmp_path):
+    """Only the library is missing, and it says so."""
+    folder = tmp_path / "checkout"
+    shutil.copytree(checkout, folder, ignore=shutil.ignore_patterns("build", "*.so"))
+    environ = {**os.environ, "CC": str(tmp_path / "no-such-compiler")}
+    code = "from setuptools import build_meta as b; print(b.build_wheel('built'))"
+    said = run(sys.executable, "-c", code, cwd=folder, env=environ)
+    assert 'building extension "mindiesd.compiled._rows" failed' in said
+    wheel = folder / "built" / said.splitlines()[-1]
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        archive.extractall(tmp_path / "site")
+    assert LIBRARY not in names
+    assert package() <= names
+    code = "from mindiesd.compiled.library import Library; Library()"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path / "site",
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        capture_output=True,
+        text=True,
+    )
+    assert "LibraryUnavailable: not compiled: no C compiler" in done.stderr
 
 
 @pytest.mark.parametrize("minor", [10, 11, 12, 13])

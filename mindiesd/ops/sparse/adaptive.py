@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from mindiesd.ops.sparse.selection import BLOCK, Selection, blocks_of, kept
+from mindiesd.ops.sparse.workers import WORKERS
 
 STRIDE = 8
 GROUPS = BLOCK // STRIDE
@@ -135,12 +136,15 @@ def estimate(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
         # The last block may be too short to hold a sampled group.
         wanted[groups - groups % GROUPS :][:1] = True
         chosen = wanted.nonzero()[:, 0].to(query.device)
-    for b in range(batch):
-        for n in range(heads):
-            for start in range(0, chosen.shape[0], _ROWS):
-                some = chosen[start : start + _ROWS]
-                part = _rows(query[b, n], key[b, n // shared], some, scale, causal, wide)
-                out[b, n].index_add_(0, some // GROUPS, part)
+
+    # A task has blocks of its own: two would add to the same place.
+    def add(task: tuple[int, int, Tensor]) -> None:
+        b, n, some = task
+        part = _rows(query[b, n], key[b, n // shared], some, scale, causal, wide)
+        out[b, n].index_add_(0, some // GROUPS, part)
+
+    parts = torch.split(chosen, _ROWS)
+    WORKERS.each(((b, n, part) for b in range(batch) for n in range(heads) for part in parts), add)
     return out
 
 

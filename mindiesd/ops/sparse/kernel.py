@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from mindiesd.ops.marks import PLAIN
-from mindiesd.ops.sparse import adaptive, gathered, rainfusion, threaded
+from mindiesd.ops.sparse import adaptive, compiled, gathered, rainfusion, threaded
 from mindiesd.ops.sparse.rearrange import latent_of
 from mindiesd.ops.sparse.selection import Selection
+from mindiesd.ops.sparse.workers import WORKERS
 
 
 def attend_sparsely(
@@ -111,7 +112,7 @@ def _compute(
     keep_recent: bool,
     cdf_threshold: float,
 ) -> Tensor:
-    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+    def compute() -> Tensor:
         query, key = (q, k) if head_first else (q.transpose(1, 2), k.transpose(1, 2))
         if sparse_type == "rf_v2":
             shapes = latent_of(latent_q), latent_of(latent_k)
@@ -123,6 +124,9 @@ def _compute(
                 query, key, scale, is_causal, keep_sink, keep_recent, cdf_threshold, sparsity
             )
         return over_blocks(q, k, v, selection, scale, head_first, inner_precise)
+
+    with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
+        return WORKERS.alone(compute) if q.is_cpu else compute()
 
 
 def over_blocks(
@@ -146,6 +150,8 @@ def over_blocks(
         inner_precise: likewise.
     """
     if q.is_cpu:
+        if compiled.fits(q, k, v):
+            return compiled.attention(q, k, v, selection, scale, head_first)
         return threaded.attention(q, k, v, selection, scale, head_first)
     if q.device.type == "npu":
         from mindiesd.ops.backends.npu import block_sparse

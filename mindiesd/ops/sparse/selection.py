@@ -31,6 +31,15 @@ class Selection:
     order_k: Tensor | None = None
     causal: bool = False
 
+    def lists(self) -> tuple[Tensor, Tensor]:
+        """The kept key blocks of all rows of all heads, one row after the other, and their ends.
+
+        Those of row i are ``columns[ends[i]:ends[i + 1]]``, in ascending order; both are int64.
+        """
+        columns = self.keep.nonzero()[:, 3].contiguous()
+        ends = torch.nn.functional.pad(self.keep.sum(-1).view(-1).cumsum(0), (1, 0))
+        return columns, ends
+
 
 def blocks_of(length: int) -> int:
     """Number of blocks of a sequence."""

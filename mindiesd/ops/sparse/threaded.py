@@ -13,7 +13,7 @@ saved. Otherwise the maximum is carried along (arXiv 1805.02867). Everything is 
 from __future__ import annotations
 
 import math
-from itertools import count, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -70,32 +70,20 @@ def attention(
         q, k, v, result = (t.transpose(1, 2) for t in (query, key, value, out))
     wide = torch.float64 if q.dtype is torch.float64 else torch.float32
     keep = selection.keep
-    ends = keep.sum(-1).view(-1).cumsum(0).tolist()
+    columns, bounds = selection.lists()
+    ends = bounds.tolist()
     places = None
     if selection.order_k is not None:
         # Whole blocks of places; the tail is cut off again where it is used.
         padded = torch.nn.functional.pad(selection.order_k, (0, -k.shape[2] % BLOCK))
         places = padded.view(-1, BLOCK)
     careful = _careful(q, k, v, scale)
-    columns = keep.nonzero()[:, 3].contiguous()
     # Each row keeps a block at least.
-    lasts = columns[torch.tensor(ends, device=columns.device) - 1].tolist()
+    lasts = columns[bounds[1:] - 1].tolist()
     call = _Call(q, k, v, result, selection, scale, careful, columns, ends, lasts, places, wide)
-    rows = keep.shape[2]
-    group = max(1, min(_ROWS, keep.shape[0] * keep.shape[1] * rows // _TASKS))
-    groups = -(-rows // group)
-    tickets = count()
-    tasks = keep.shape[0] * keep.shape[1] * groups
-
-    def work() -> None:
-        steps = _Steps(call)
-        for ticket in tickets:
-            if ticket >= tasks:
-                return
-            pair, nth = divmod(ticket, groups)
-            steps.rows(pair, nth * group, min(rows, (nth + 1) * group))
-
-    WORKERS.run(work, tasks)
+    pairs, rows = keep.shape[0] * keep.shape[1], keep.shape[2]
+    group = max(1, min(_ROWS, pairs * rows // _TASKS))
+    WORKERS.run_rows(pairs, rows, group, lambda: _Steps(call).rows)
     return out
 
 
@@ -138,8 +126,7 @@ class _Steps:
         self.dim, self.value_dim = query.shape[-1], value.shape[-1]
         self.half = query.dtype is not wide
         device = query.device
-        starts = [0, *call.ends]
-        longest = max(end - begin for begin, end in pairwise(starts)) * BLOCK
+        longest = max(end - begin for begin, end in pairwise(call.ends)) * BLOCK
         self.width = min(_KEYS, longest)
         self.parts = -(-longest // self.width)
         room = self.width * max(self.dim, self.value_dim)
@@ -175,7 +162,7 @@ class _Steps:
         call, selection = self.call, self.call.selection
         b, n = divmod(pair, self.heads)
         at = pair * selection.keep.shape[2] + first
-        ends = [call.ends[at - 1] if at else 0, *call.ends[at : at + stop - first]]
+        ends = call.ends[at : at + stop - first + 1]
         source, out = call.query[b, n], call.out[b, n]
         mine: Tensor | None = None
         if selection.order_q is None:

@@ -8,10 +8,22 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
+from typing import TypeAlias, TypeVar
 
 import torch
+
+Item = TypeVar("Item")
+Rows: TypeAlias = Callable[[int, int, int], None]
+Result = TypeVar("Result")
+
+
+class _Here(threading.local):
+    """What a thread is about: how many of us it may share its work with, if it is one of us."""
+
+    threads = 0
 
 
 class Workers:
@@ -27,18 +39,50 @@ class Workers:
         """Forget the threads: a forked child has none of its parent's."""
         self.__init__()  # type: ignore[misc]
 
-    def run(self, work: Callable[[], None], tasks: int) -> None:
-        """Run ``work`` in as many threads as ATen may use here, and wait until all have ended.
+    def alone(self, work: Callable[[], Result]) -> Result:
+        """Run ``work`` in one of the threads; what it hands to the others, it does with them.
 
-        Args:
-            work: takes tasks until none is left; runs under the caller's inference mode, without
-                gradients and without autocast.
-            tasks: how many there are; a few are not worth a thread.
+        It runs under the caller's inference mode, without gradients and without autocast. ATen's
+        own threads are not woken by it, nor do they go on waiting, which occupies a core, when the
+        next operator is ours.
         """
-        threads = min(torch.get_num_threads(), tasks // 2)
+        threads = torch.get_num_threads()
         if threads <= 1:
             with torch.no_grad():
-                work()
+                return work()
+        inference = torch.is_inference_mode_enabled()
+
+        def run() -> Result:
+            _here.threads = threads
+            try:
+                with torch.inference_mode(inference), torch.no_grad():
+                    return work()
+            finally:
+                _here.threads = 0
+
+        return self._of(threads).submit(run).result()
+
+    def each(self, items: Iterable[Item], work: Callable[[Item], None]) -> None:
+        """Call ``work`` with each item; inside of :meth:`alone`, in several threads."""
+        waiting = list(items)
+        left = iter(waiting)
+
+        def some() -> None:
+            for item in left:
+                work(item)
+
+        self.run(some, len(waiting))
+
+    def run(self, work: Callable[[], None], tasks: int) -> None:
+        """Inside of :meth:`alone`, run ``work`` in as many threads as ATen may use; else here.
+
+        Args:
+            work: takes tasks until none is left.
+            tasks: how many there are.
+        """
+        threads = min(_here.threads, tasks)
+        if threads <= 1:
+            work()
             return
         inference = torch.is_inference_mode_enabled()
 
@@ -46,10 +90,43 @@ class Workers:
             with torch.inference_mode(inference), torch.no_grad():
                 work()
 
-        running = [self._of(threads).submit(run) for _ in range(threads)]
-        errors = [error for error in (one.exception() for one in running) if error is not None]
+        others = [self._of(threads).submit(run) for _ in range(threads - 1)]
+        try:
+            work()
+        finally:
+            # Where all threads are taken, by other callers, there may be nothing left to begin.
+            begun = [one for one in others if not one.cancel()]
+            errors = [error for error in (one.exception() for one in begun) if error is not None]
         if errors:
             raise errors[0]
+
+    def run_rows(
+        self,
+        pairs: int,
+        rows: int,
+        group: int,
+        start: Callable[[], Callable[[int, int, int], None]],
+    ) -> None:
+        """Share out the rows of all pairs of a batch and a head, some at a time.
+
+        Args:
+            pairs: batches times heads.
+            rows: of each.
+            group: how many consecutive rows of a pair are a task, at most.
+            start: called once in each thread; what it returns is called with (pair, first, stop).
+        """
+        groups = -(-rows // group)
+        tickets = count()
+
+        def work() -> None:
+            some = start()
+            for ticket in tickets:
+                if ticket >= pairs * groups:
+                    return
+                pair, nth = divmod(ticket, groups)
+                some(pair, nth * group, min(rows, (nth + 1) * group))
+
+        self.run(work, pairs * groups)
 
     def _of(self, threads: int) -> ThreadPoolExecutor:
         with self._lock:
@@ -84,6 +161,7 @@ def _started(threads: int) -> ThreadPoolExecutor:
     return pool
 
 
+_here = _Here()
 WORKERS = Workers()
 
 os.register_at_fork(after_in_child=WORKERS.forget)
