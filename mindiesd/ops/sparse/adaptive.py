@@ -134,7 +134,7 @@ def estimate(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
         sampled[list(_SAMPLED)] = True
         wanted = sampled.repeat(shape[2])[:groups]
         # The last block may be too short to hold a sampled group.
-        wanted[groups - groups % GROUPS :][:1] = True
+        wanted[-1] |= groups % GROUPS == 1
         chosen = wanted.nonzero()[:, 0].to(query.device)
 
     # A task has blocks of its own: two would add to the same place.
@@ -162,7 +162,7 @@ def _rows(
         # A last group of fewer tokens is filled up with zeros.
         outside = groups[:, None] * STRIDE + backwards >= query.shape[0]
         picked = picked.masked_fill(outside[..., None], 0.0)
-    picked = picked.view(rows, width) * (scale / STRIDE)
+    picked = picked.view(rows, width).mul_(scale / STRIDE)
 
     count = -(-key.shape[0] // STRIDE)
     whole = key.shape[0] // STRIDE
@@ -179,5 +179,7 @@ def _rows(
     if causal:
         later = torch.arange(count, device=groups.device) > groups[:, None]
         scores[:, :count].masked_fill_(later, -math.inf)
-    scores[:, :count] = torch.softmax(scores[:, :count], -1)
-    return scores.view(rows, -1, GROUPS).sum(-1)
+    # The softmax in place, divided by its total where that is least.
+    seen = scores[:, :count]
+    seen.sub_(seen.amax(-1, keepdim=True)).exp_()
+    return scores.view(rows, -1, GROUPS).sum(-1).div_(seen.sum(-1, keepdim=True))

@@ -29,8 +29,8 @@ from mindiesd.ops.sparse.workers import WORKERS
 _log = logging.getLogger("mindiesd")
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Rows given to a thread at once, at most, and tasks to be made of a call, at least.
-_ROWS, _TASKS = 8, 64
+# Tasks to be made of a call, at least.
+_TASKS = 64
 
 
 class _Operand(ctypes.Structure):
@@ -97,25 +97,39 @@ def attend(
     q, k, v, result = query, key, value, out
     if not head_first:
         q, k, v, result = (t.transpose(1, 2) for t in (query, key, value, out))
+    WORKERS.alone(lambda: _fill(compute, result, q, k, v, selection, scale))
+    return out
+
+
+def _fill(
+    compute: Rows,
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: Selection,
+    scale: float,
+) -> None:
+    """The same, written to ``out``; all are [B, N, S, D]."""
     columns, ends = selection.lists()
     # Held until the end: the call has their addresses only.
     orders = [
         None if order is None else order.contiguous()
         for order in (selection.order_q, selection.order_k)
     ]
-    batch, heads, blocks = selection.keep.shape[:3]
+    batch, heads, rows = selection.keep.shape[:3]
     call = _Call(
-        *(_Operand(t.data_ptr(), *t.stride()[:3]) for t in (q, k, v, result)),
+        *(_Operand(t.data_ptr(), *t.stride()[:3]) for t in (query, key, value, out)),
         *(None if order is None else order.data_ptr() for order in orders),
         columns.data_ptr(),
         ends.data_ptr(),
         heads,
-        heads // k.shape[1],
-        q.shape[2],
-        k.shape[2],
-        q.shape[3],
-        v.shape[3],
-        _KINDS[q.dtype],
+        heads // key.shape[1],
+        query.shape[2],
+        key.shape[2],
+        query.shape[3],
+        value.shape[3],
+        _KINDS[query.dtype],
         selection.causal,
         scale * math.log2(math.e),
     )
@@ -124,9 +138,7 @@ def attend(
         if compute(call, pair, first, stop):
             raise MemoryError("no memory for the buffers of sparse attention")
 
-    group = max(1, min(_ROWS, batch * heads * blocks // _TASKS))
-    WORKERS.run_rows(batch * heads, blocks, group, lambda: some)
-    return out
+    WORKERS.share_rows(batch * heads, rows, _TASKS, lambda: some)
 
 
 @functools.cache

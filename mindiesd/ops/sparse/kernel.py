@@ -112,21 +112,21 @@ def _compute(
     keep_recent: bool,
     cdf_threshold: float,
 ) -> Tensor:
-    def compute() -> Tensor:
-        query, key = (q, k) if head_first else (q.transpose(1, 2), k.transpose(1, 2))
+    query, key = (q, k) if head_first else (q.transpose(1, 2), k.transpose(1, 2))
+
+    def select() -> Selection:
         if sparse_type == "rf_v2":
             shapes = latent_of(latent_q), latent_of(latent_k)
-            selection = rainfusion.select(
+            return rainfusion.select(
                 query, key, scale, *shapes, text_q, text_k, text_last, sparsity, protect_first_frame
             )
-        else:
-            selection = adaptive.select(
-                query, key, scale, is_causal, keep_sink, keep_recent, cdf_threshold, sparsity
-            )
-        return over_blocks(q, k, v, selection, scale, head_first, inner_precise)
+        return adaptive.select(
+            query, key, scale, is_causal, keep_sink, keep_recent, cdf_threshold, sparsity
+        )
 
     with torch.no_grad(), torch.autocast(q.device.type, enabled=False):
-        return WORKERS.alone(compute) if q.is_cpu else compute()
+        selection = WORKERS.alone(select) if q.is_cpu else select()
+        return over_blocks(q, k, v, selection, scale, head_first, inner_precise)
 
 
 def over_blocks(

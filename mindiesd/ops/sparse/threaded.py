@@ -24,8 +24,8 @@ from mindiesd.ops.sparse.workers import WORKERS
 
 # Keys per step: 128 x 1024 float32 scores, and as many keys, are half a megabyte each.
 _KEYS = 1024
-# Rows given to a thread at once, at most, and tasks to be made of a call, at least.
-_ROWS, _TASKS = 8, 32
+# Tasks to be made of a call, at least.
+_TASKS = 32
 _LOG2E = math.log2(math.e)
 # Largest |score| (base 2), and largest |value|, with which sums of powers cannot overflow float32.
 _SAFE_SCORE, _SAFE_VALUE = 40.0, 1e18
@@ -68,23 +68,30 @@ def attention(
     q, k, v, result = query, key, value, out
     if not head_first:
         q, k, v, result = (t.transpose(1, 2) for t in (query, key, value, out))
-    wide = torch.float64 if q.dtype is torch.float64 else torch.float32
-    keep = selection.keep
+    WORKERS.alone(lambda: _fill(result, q, k, v, selection, scale))
+    return out
+
+
+def _fill(
+    out: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float
+) -> None:
+    """The same, written to ``out``; all are [B, N, S, D]."""
+    wide = torch.float64 if query.dtype is torch.float64 else torch.float32
     columns, bounds = selection.lists()
-    ends = bounds.tolist()
     places = None
     if selection.order_k is not None:
         # Whole blocks of places; the tail is cut off again where it is used.
-        padded = torch.nn.functional.pad(selection.order_k, (0, -k.shape[2] % BLOCK))
+        padded = torch.nn.functional.pad(selection.order_k, (0, -key.shape[2] % BLOCK))
         places = padded.view(-1, BLOCK)
-    careful = _careful(q, k, v, scale)
+    careful = _careful(query, key, value, scale)
     # Each row keeps a block at least.
     lasts = columns[bounds[1:] - 1].tolist()
-    call = _Call(q, k, v, result, selection, scale, careful, columns, ends, lasts, places, wide)
-    pairs, rows = keep.shape[0] * keep.shape[1], keep.shape[2]
-    group = max(1, min(_ROWS, pairs * rows // _TASKS))
-    WORKERS.run_rows(pairs, rows, group, lambda: _Steps(call).rows)
-    return out
+    ends = bounds.tolist()
+    call = _Call(
+        query, key, value, out, selection, scale, careful, columns, ends, lasts, places, wide
+    )
+    batch, heads, rows = selection.keep.shape[:3]
+    WORKERS.share_rows(batch * heads, rows, _TASKS, lambda: _Steps(call).rows)
 
 
 def _careful(query: Tensor, key: Tensor, value: Tensor, scale: float) -> list[bool]:

@@ -15,6 +15,9 @@ from typing import TypeAlias, TypeVar
 
 import torch
 
+# Rows given to a thread at once, at most.
+_ROWS = 8
+
 Item = TypeVar("Item")
 Rows: TypeAlias = Callable[[int, int, int], None]
 Result = TypeVar("Result")
@@ -100,21 +103,16 @@ class Workers:
         if errors:
             raise errors[0]
 
-    def run_rows(
-        self,
-        pairs: int,
-        rows: int,
-        group: int,
-        start: Callable[[], Callable[[int, int, int], None]],
-    ) -> None:
-        """Share out the rows of all pairs of a batch and a head, some at a time.
+    def share_rows(self, pairs: int, rows: int, tasks: int, start: Callable[[], Rows]) -> None:
+        """Inside of :meth:`alone`, share out the rows of all pairs of a batch and a head.
 
         Args:
             pairs: batches times heads.
-            rows: of each.
-            group: how many consecutive rows of a pair are a task, at most.
+            rows: of each; up to eight consecutive ones of a pair are a task.
+            tasks: make them shorter, if there are not so many else.
             start: called once in each thread; what it returns is called with (pair, first, stop).
         """
+        group = max(1, min(_ROWS, pairs * rows // tasks))
         groups = -(-rows // group)
         tickets = count()
 
