@@ -42,9 +42,9 @@ class Library:
             raise LibraryUnavailable("the processor has no AVX2")
         self.instructions = found
 
-    def function(self, instructions: str | None = None) -> Any:
-        """The function that computes rows, for the best instruction set or the given one."""
-        return self._loaded[f"mindiesd_rows_{instructions or self.instructions}"]
+    def function(self, name: str) -> Any:
+        """A function of rows.h, for the best instruction set."""
+        return self._loaded[f"mindiesd_{name}_{self.instructions}"]
 
 
 def _text(function: Any) -> str:

@@ -20,6 +20,11 @@
 /* Rows of a power of two would all meet in a few lines of the first cache. */
 #define PAD 16
 #define SCORES (BLOCK + PAD)
+/* Tokens in a group of the estimate, and groups in a block. */
+#define GROUP 8
+#define GROUPS (BLOCK / GROUP)
+/* Groups of keys that are converted at once: whole tiles of six. */
+#define CHUNK 24
 
 enum { FLOAT32, BFLOAT16, FLOAT16 };
 
@@ -40,6 +45,17 @@ typedef struct {
     /* scale * log2(e) */
     float factor;
 } Call;
+
+typedef struct {
+    Operand query, key;
+    /* Which groups of queries, ascending. */
+    const int64_t *groups;
+    /* [batch * heads, blocks of queries, blocks of keys], added to. */
+    float *out;
+    int64_t heads, shared, queries, keys, dim, kind, causal;
+    /* scale / 8 * log2(e) */
+    float factor;
+} Estimate;
 
 INLINE int64_t bytes(int64_t kind) { return kind == FLOAT32 ? 4 : 2; }
 

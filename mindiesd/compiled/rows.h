@@ -44,14 +44,15 @@ INLINE COMPILED_FOR(TARGET) VECTOR NAME(exp2)(VECTOR x) {
  *
  * keys:      [count, dim], rows `stride` apart
  * queries:   [dim, PANEL], the panel's queries side by side, scaled
- * scores:    [count, PANEL], rows SCORES apart
+ * scores:    [count, PANEL], rows `apart` apart
  * own:       whether query i of the block sees keys up to i only
  * at_key:    the first key's place in its block
  * at_query:  the first query's
  */
-INLINE COMPILED_FOR(TARGET) void NAME(score)(int count, const float *keys, int64_t stride, const float *queries,
-                        int64_t dim, float *scores, VECTOR *highest, int own, int32_t at_key,
-                        int32_t at_query) {
+INLINE COMPILED_FOR(TARGET) void NAME(score)(int count, const float *keys, int64_t stride,
+                                             const float *queries, int64_t dim, float *scores,
+                                             int64_t apart, VECTOR *highest, int own,
+                                             int32_t at_key, int32_t at_query) {
     VECTOR sums[6][VECTORS];
     EACH(r, count) {
         EACH(v, VECTORS) { sums[r][v] = (VECTOR){}; }
@@ -77,27 +78,28 @@ INLINE COMPILED_FOR(TARGET) void NAME(score)(int count, const float *keys, int64
     EACH(r, count) {
         EACH(v, VECTORS) {
             highest[v] = NAME(choose)(sums[r][v] > highest[v], sums[r][v], highest[v]);
-            *(VECTOR *)(scores + r * SCORES + v * LANES) = sums[r][v];
+            *(VECTOR *)(scores + r * apart + v * LANES) = sums[r][v];
         }
     }
 }
 
 /* Scores of a panel become weights exp2(score - highest).
  *
- * scores:   [count, PANEL], rows SCORES apart; overwritten
+ * scores:   [count, PANEL], rows `apart` apart; overwritten
  * highest:  of each query, with these keys
  * before:   of each query, without them; becomes highest
  * totals:   the sum of each query's weights, brought up to date
  * shrink:   what the query's earlier weights are to be multiplied with
  */
-INLINE COMPILED_FOR(TARGET) void NAME(soften)(float *scores, int64_t count, const VECTOR *highest, float *before,
-                         float *totals, float *shrink) {
+INLINE COMPILED_FOR(TARGET) void NAME(soften)(float *scores, int64_t apart, int64_t count,
+                                              const VECTOR *highest, float *before, float *totals,
+                                              float *shrink) {
     EACH(v, VECTORS) {
         const int64_t at = v * LANES;
         const VECTOR factor = NAME(exp2)(*(VECTOR *)(before + at) - highest[v]);
         VECTOR total = *(VECTOR *)(totals + at) * factor;
         for (int64_t n = 0; n < count; n++) {
-            VECTOR *one = (VECTOR *)(scores + n * SCORES + at);
+            VECTOR *one = (VECTOR *)(scores + n * apart + at);
             *one = NAME(exp2)(*one - highest[v]);
             total += *one;
         }
@@ -113,8 +115,10 @@ INLINE COMPILED_FOR(TARGET) void NAME(soften)(float *scores, int64_t count, cons
  * values:   [keys, PANEL], rows `stride` apart
  * sums:     [count, PANEL], rows `width` apart; shrunk and added to, or written if `first`
  */
-INLINE COMPILED_FOR(TARGET) void NAME(weigh)(int count, const float *weights, const float *values, int64_t stride,
-                        int64_t keys, float *sums, int64_t width, const float *shrink, int first) {
+INLINE COMPILED_FOR(TARGET) void NAME(weigh)(int count, const float *weights,
+                                             const float *values, int64_t stride, int64_t keys,
+                                             float *sums, int64_t width, const float *shrink,
+                                             int first) {
     VECTOR mine[6][VECTORS];
     EACH(r, count) {
         EACH(v, VECTORS) {
@@ -188,14 +192,14 @@ EXPORT COMPILED_FOR(TARGET) int NAME(mindiesd_rows)(const Call *call, int64_t pa
                 for (int64_t k = 0, size; k < keys; k += size) {
 #define TILE(size)                                                                            \
     NAME(score)(size, given + k * key_row, key_row, queries + m * dim, dim,                   \
-                weights + k * SCORES + m, highest, own, k, m)
+                weights + k * SCORES + m, SCORES, highest, own, k, m)
                     IN_TILES(size, keys - k)
 #undef TILE
                     if (ahead < keys)
                         fetch(token(&call->value, value, call->order_k, column, ahead++, kind),
                               value_dim * bytes(kind));
                 }
-                NAME(soften)(weights + m, keys, highest, top + m, totals + m, shrink + m);
+                NAME(soften)(weights + m, SCORES, keys, highest, top + m, totals + m, shrink + m);
             }
 
             for (int64_t k = 0; k < keys; k++) {
@@ -225,6 +229,104 @@ EXPORT COMPILED_FOR(TARGET) int NAME(mindiesd_rows)(const Call *call, int64_t pa
             const float inverse = 1.0f / totals[m];
             for (int64_t d = 0; d < value_dim; d++) line[d] = sums[m * width + d] * inverse;
             narrow(token(&call->out, out, call->order_q, row, m, kind), line, kind, value_dim);
+        }
+    }
+    free(room);
+    return 0;
+}
+
+/* The estimate of ada_bsa for groups[first] to groups[stop] of one batch and head; 0, or 1 if memory
+ * is missing. The groups of a block of queries must not be divided between two threads.
+ */
+EXPORT COMPILED_FOR(TARGET) int NAME(mindiesd_estimate)(const Estimate *call, int64_t pair,
+                                                        int64_t first, int64_t stop) {
+    const int64_t b = pair / call->heads, n = pair % call->heads, kind = call->kind;
+    const char *query = head(&call->query, b, n, kind);
+    const char *key = head(&call->key, b, n / call->shared, kind);
+    const int64_t dim = call->dim, width = GROUP * dim, count = (call->keys + GROUP - 1) / GROUP;
+    const int64_t rows = (call->queries + BLOCK - 1) / BLOCK;
+    const int64_t columns = (call->keys + BLOCK - 1) / BLOCK;
+    float *out = call->out + pair * rows * columns;
+    const int64_t panels = (stop - first + PANEL - 1) / PANEL;
+    /* Groups of keys that lie in memory as they are multiplied are not copied. */
+    const int64_t whole = kind == FLOAT32 && call->key.token == dim ? call->keys / GROUP : 0;
+
+    const int64_t floats = panels * PANEL * (width + count + 4) + CHUNK * (width + PAD) + dim;
+    float *room = aligned_alloc(64, (sizeof(float) * floats + 63) / 64 * 64);
+    if (!room) return 1;
+    float *queries = room, *scores = queries + panels * PANEL * width;
+    float *highest = scores + panels * PANEL * count, *top = highest + panels * PANEL;
+    float *totals = top + panels * PANEL, *shrink = totals + panels * PANEL;
+    float *given = shrink + panels * PANEL, *line = given + CHUNK * (width + PAD);
+
+    /* A group's queries backwards, one behind the other; tokens that are not there are zeros. */
+    memset(queries, 0, sizeof(float) * panels * PANEL * width);
+    for (int64_t m = 0; m < panels * PANEL; m++) {
+        highest[m] = top[m] = -FLT_MAX;
+        totals[m] = 0.0f;
+        float *to = queries + m / PANEL * PANEL * width + m % PANEL;
+        for (int64_t i = 0; m < stop - first && i < GROUP; i++) {
+            const int64_t at = call->groups[first + m] * GROUP + GROUP - 1 - i;
+            if (at >= call->queries) continue;
+            widen(line, token(&call->query, query, NULL, 0, at, kind), kind, dim);
+            for (int64_t d = 0; d < dim; d++) to[(i * dim + d) * PANEL] = line[d] * call->factor;
+        }
+    }
+    for (int64_t from = 0; from < count; from += CHUNK) {
+        const int64_t some = count - from < CHUNK ? count - from : CHUNK;
+        const float *keys = (const float *)token(&call->key, key, NULL, 0, from * GROUP, kind);
+        int64_t stride = width;
+        if (from + some > whole) {
+            keys = given, stride = width + PAD;
+            for (int64_t i = 0; i < some * GROUP; i++) {
+                float *to = given + i / GROUP * stride + i % GROUP * dim;
+                const int64_t at = from * GROUP + i;
+                if (at < call->keys)
+                    widen(to, token(&call->key, key, NULL, 0, at, kind), kind, dim);
+                else
+                    memset(to, 0, sizeof(float) * dim);
+            }
+        }
+        for (int64_t p = 0; p < panels; p++) {
+            const float *panel = queries + p * PANEL * width;
+            float *to = scores + (p * count + from) * PANEL;
+            VECTOR *best = (VECTOR *)(highest + p * PANEL);
+            for (int64_t k = 0, size; k < some; k += size) {
+#define TILE(size)                                                                            \
+    NAME(score)(size, keys + k * stride, stride, panel, width, to + k * PANEL, PANEL, best,   \
+                0, 0, 0)
+                IN_TILES(size, some - k)
+#undef TILE
+            }
+        }
+    }
+    for (int64_t p = 0; p < panels; p++) {
+        float *mine = scores + p * count * PANEL;
+        const int64_t at = p * PANEL;
+        const int64_t lanes = stop - first - at < PANEL ? stop - first - at : PANEL;
+        /* With a causal flag, a group sees the groups of keys up to its own. */
+        for (int64_t m = 0; call->causal && m < lanes; m++) {
+            const int64_t seen = call->groups[first + at + m] + 1;
+            highest[at + m] = -FLT_MAX;
+            for (int64_t k = 0; k < count; k++) {
+                float *one = mine + k * PANEL + m;
+                if (k >= seen) *one = -INFINITY;
+                if (*one > highest[at + m]) highest[at + m] = *one;
+            }
+        }
+        NAME(soften)(mine, PANEL, count, (VECTOR *)(highest + at), top + at, totals + at,
+                     shrink + at);
+        for (int64_t c = 0; c < columns; c++) {
+            const int64_t end = (c + 1) * GROUPS < count ? (c + 1) * GROUPS : count;
+            VECTOR sums[VECTORS];
+            EACH(v, VECTORS) { sums[v] = (VECTOR){}; }
+            for (int64_t k = c * GROUPS; k < end; k++) {
+                EACH(v, VECTORS) { sums[v] += *(VECTOR *)(mine + k * PANEL + v * LANES); }
+            }
+            for (int64_t m = 0; m < lanes; m++) {
+                const int64_t row = call->groups[first + at + m] / GROUPS;
+                out[row * columns + c] += ((float *)sums)[m] / totals[at + m];
+            }
         }
     }
     free(room);

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import logging
 import platform
@@ -28,7 +27,7 @@ def test_this_machine_has_it():
     if platform.machine() != "x86_64" or "avx2" not in Path("/proc/cpuinfo").read_text():
         pytest.skip("written for x86-64 with AVX2")
     assert Library().instructions in ("avx2", "avx512")
-    assert compiled.rows() is not None
+    assert compiled.functions() is not None
 
 
 def all_halves(dtype: torch.dtype) -> torch.Tensor:
@@ -115,26 +114,26 @@ def test_a_file_that_is_no_library_is_refused(copied):
 
 @pytest.fixture
 def unloaded(monkeypatch):
-    """`rows` looks for the library again, and what it finds here is forgotten afterwards."""
-    monkeypatch.setattr(compiled, "rows", functools.cache(compiled.rows.__wrapped__))
+    """The library is looked for again, and what is found here is forgotten afterwards."""
+    monkeypatch.setattr(compiled, "functions", functools.cache(compiled.functions.__wrapped__))
     return monkeypatch
 
 
-def test_a_library_that_computes_something_else_is_not_used(unloaded, caplog):
-    class Wrong(Library):
-        def function(self, instructions=None):
-            right = super().function()
+@pytest.mark.parametrize("wrong", ["rows", "estimate"])
+def test_a_library_that_computes_something_else_is_not_used(wrong, unloaded, caplog):
+    typed = compiled.typed
 
-            def wrong(call, pair, first, stop):
-                call.contents.factor *= 1.01
-                return right(call, pair, first, stop)
+    def spoiled(function_of):
+        right = typed(function_of)
 
-            right.argtypes = (ctypes.POINTER(compiled._Call), *[ctypes.c_int64] * 3)
-            self.kept = ctypes.CFUNCTYPE(ctypes.c_int, *right.argtypes)(wrong)
-            return self.kept
+        def function(call, pair, first, stop):
+            call.factor *= 1.01
+            return getattr(right, wrong)(call, pair, first, stop)
 
-    unloaded.setattr(compiled, "Library", Wrong)
-    assert compiled.rows() is None
+        return right._replace(**{wrong: function})
+
+    unloaded.setattr(compiled, "typed", spoiled)
+    assert compiled.functions() is None
     assert "wrong on this machine and is not used" in caplog.text
     unloaded.setattr(compiled, "attention", None)
     query = torch.randn(1, 1, 512, 16)
@@ -147,16 +146,19 @@ def test_why_there_is_none_is_told_where_it_is_asked_for(unloaded, caplog):
 
     unloaded.setattr(compiled, "Library", absent)
     with caplog.at_level(logging.INFO, logger="mindiesd"):
-        assert compiled.rows() is None
+        assert compiled.functions() is None
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "not today" in caplog.text
 
 
 def test_missing_memory_is_an_error():
+    without = compiled.Functions(lambda *_: 1, lambda *_: 1)
     query = torch.randn(1, 1, 8, 8)
     selection = Selection(torch.ones(1, 1, 1, 1, dtype=torch.bool))
     with pytest.raises(MemoryError, match="sparse attention"):
-        compiled.attend(lambda *_: 1, query, query, query, selection, 1.0, True)
+        compiled.attention(query, query, query, selection, 1.0, True, without)
+    with pytest.raises(MemoryError, match="sparse attention"):
+        compiled.estimate(query, query, torch.tensor([0]), 1.0, False, without)
 
 
 def test_it_agrees_with_atens_operators_on_a_video():

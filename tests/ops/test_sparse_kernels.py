@@ -36,15 +36,16 @@ def wide():
         source.write_text(WIDE)
         flags = ["-O1", "-w", "-shared", "-fPIC", '-DMADE_FROM=""', f"-I{FOLDER}"]
         subprocess.run(["cc", *flags, "-o", library, source], check=True)
-        return compiled.typed(ctypes.CDLL(str(library)).mindiesd_rows_wide)
+        loaded = ctypes.CDLL(str(library))
+    return compiled.typed(lambda name: loaded[f"mindiesd_{name}_wide"])
 
 
 def by_wide(*arguments):
-    return compiled.attend(wide(), *arguments)
+    return compiled.attention(*arguments, wide())
 
 
 KERNELS = {"threaded": threaded.attention, "gathered": gathered.attention}
-if compiled.rows() is not None:
+if compiled.functions() is not None:
     KERNELS |= {"compiled": compiled.attention, "wide": by_wide}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -1,7 +1,9 @@
 """rf_v2 and ada_bsa: which blocks are kept, by rules written out, and how good the result is."""
 
 import math
+from contextlib import contextmanager
 from fractions import Fraction
+from unittest import mock
 
 import pytest
 import torch
@@ -9,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mindiesd import ParametersInvalid, attention_forward, sparse_attention
-from mindiesd.ops.sparse import adaptive, kernel, rainfusion
+from mindiesd.ops.sparse import adaptive, compiled, kernel, rainfusion
 from mindiesd.ops.sparse.rearrange import sequence_order
 from mindiesd.ops.sparse.selection import BLOCK, Selection, blocks_of, kept, largest
 from tests import oracles
-from tests.ops.test_sparse_kernels import token_mask
+from tests.ops.test_sparse_kernels import token_mask, wide
 from tests.video import local_video
 
 SHARES = st.sampled_from([0.05, 0.1, 0.3, 0.5, 0.6, 0.7, 0.75, 0.9, 0.95, 1.0])
@@ -68,14 +70,33 @@ def test_rainfusion_keeps_the_best_means_and_all_text(q_shape, k_shape, text, la
         assert (worst_kept >= kth - 1e-5).all()
 
 
+ESTIMATES = {"aten": None}
+if compiled.functions() is not None:
+    ESTIMATES |= {"compiled": compiled.functions(), "wide": wide()}
+
+
+@contextmanager
+def estimated_by(name):
+    with mock.patch.object(compiled, "functions", return_value=ESTIMATES[name]):
+        yield
+
+
+@pytest.mark.parametrize("by", ESTIMATES)
 @given(
     st.sampled_from([5, 128, 300, 1032, 1100]),
     st.sampled_from([8, 128, 250, 1000, 1029]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
     st.booleans(),
 )
-def test_the_estimate_is_the_softmax_of_antidiagonal_sums(queries, keys, causal):
-    query, key = torch.randn(1, 2, queries, 6), torch.randn(1, 1, keys, 6)
-    scores = adaptive.estimate(query, key, 0.7, causal)
+def test_the_estimate_is_the_softmax_of_antidiagonal_sums(
+    by, queries, keys, dtype, causal, head_first
+):
+    query, key = torch.randn(1, 2, queries, 6).to(dtype), torch.randn(1, 1, keys, 6).to(dtype)
+    if not head_first:
+        query, key = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (query, key))
+    with estimated_by(by):
+        scores = adaptive.estimate(query, key, 0.7, causal)
     wide = torch.nn.functional.pad
     q = wide(query.double(), (0, 0, 0, -queries % 8)).view(2, -1, 8, 6)
     k = wide(key.double(), (0, 0, 0, -keys % 8)).view(1, -1, 8, 6)
@@ -91,17 +112,24 @@ def test_the_estimate_is_the_softmax_of_antidiagonal_sums(queries, keys, causal)
     torch.testing.assert_close(scores.double(), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_equal_scores_are_estimated_equal():
-    scores = adaptive.estimate(torch.zeros(1, 1, 512, 8), torch.randn(1, 1, 512, 8), 1.0, False)
+@pytest.mark.parametrize("by", ESTIMATES)
+def test_equal_scores_are_estimated_equal(by):
+    with estimated_by(by):
+        scores = adaptive.estimate(torch.zeros(1, 1, 512, 8), torch.randn(1, 1, 512, 8), 1.0, False)
     torch.testing.assert_close(scores, torch.full((1, 1, 4, 4), 4.0))
 
 
-@pytest.mark.parametrize(("queries", "keys"), [(4096, 4096), (300, 4200), (4100, 4100)])
-def test_a_long_estimate_looks_at_a_quarter_of_the_groups(queries, keys, monkeypatch):
+# With 4097 and 4105 queries, a last block of one and of two groups.
+@pytest.mark.parametrize("by", ESTIMATES)
+@pytest.mark.parametrize(
+    ("queries", "keys"), [(4096, 4096), (300, 4200), (4100, 4100), (4097, 4096), (4105, 4103)]
+)
+def test_a_long_estimate_looks_at_a_quarter_of_the_groups(by, queries, keys, monkeypatch):
     query, key = torch.randn(1, 1, queries, 8), torch.randn(1, 1, keys, 8)
-    sampled = adaptive.estimate(query, key, 0.3, False)
-    monkeypatch.setattr(adaptive, "LONG", 1 << 30)
-    full = adaptive.estimate(query, key, 0.3, False)
+    with estimated_by(by):
+        sampled = adaptive.estimate(query, key, 0.3, False)
+        monkeypatch.setattr(adaptive, "LONG", 1 << 30)
+        full = adaptive.estimate(query, key, 0.3, False)
     assert sampled.shape == full.shape and (sampled.sum(-1) > 0).all()
     whole = slice(0, queries // BLOCK)
     torch.testing.assert_close(sampled.sum(-1)[..., whole] * 4, full.sum(-1)[..., whole])

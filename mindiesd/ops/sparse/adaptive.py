@@ -24,6 +24,7 @@ import math
 import torch
 from torch import Tensor
 
+from mindiesd.ops.sparse import compiled
 from mindiesd.ops.sparse.selection import BLOCK, Selection, blocks_of, kept
 from mindiesd.ops.sparse.workers import WORKERS
 
@@ -124,18 +125,20 @@ def estimate(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
     """
     batch, heads, queries, _ = query.shape
     shared = heads // key.shape[1]
-    wide = torch.float64 if query.dtype is torch.float64 else torch.float32
-    shape = (batch, heads, blocks_of(queries), blocks_of(key.shape[2]))
-    out = torch.zeros(shape, dtype=wide, device=query.device)
     groups = -(-queries // STRIDE)
     chosen = torch.arange(groups, device=query.device)
     if key.shape[2] >= LONG and queries >= BLOCK:
         sampled = torch.zeros(GROUPS, dtype=torch.bool)
         sampled[list(_SAMPLED)] = True
-        wanted = sampled.repeat(shape[2])[:groups]
+        wanted = sampled.repeat(blocks_of(queries))[:groups]
         # The last block may be too short to hold a sampled group.
         wanted[-1] |= groups % GROUPS == 1
         chosen = wanted.nonzero()[:, 0].to(query.device)
+    if query.is_cpu and compiled.fits(query, key):
+        return compiled.estimate(query, key, chosen, scale, causal)
+    wide = torch.float64 if query.dtype is torch.float64 else torch.float32
+    shape = (batch, heads, blocks_of(queries), blocks_of(key.shape[2]))
+    out = torch.zeros(shape, dtype=wide, device=query.device)
 
     # A task has blocks of its own: two would add to the same place.
     def add(task: tuple[int, int, Tensor]) -> None:

@@ -1,12 +1,12 @@
-"""Block-sparse attention on the CPU by the library of :mod:`mindiesd.compiled`.
+"""Block-sparse attention on the CPU, and ada_bsa's estimate, by :mod:`mindiesd.compiled`.
 
 What :mod:`.threaded` does with ATen's operators, with everything between two of them left out:
 no gathered copies but those that fit into a core's cache, no look for the maximum but in registers,
 and no word with Python before a thread has finished its rows.
 
 Without the library, on other processors than x86-64 with AVX2 and for float64, :mod:`.threaded`
-computes. What is found is tried on a small case first: a library that gives other results than ATen
-is not used.
+and :mod:`.adaptive` compute. What is found is tried on a small case first: a library that gives
+other results than ATen is not used.
 """
 
 from __future__ import annotations
@@ -16,21 +16,24 @@ import functools
 import logging
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mindiesd.compiled.library import Library, LibraryUnavailable
 from mindiesd.ops.sparse import threaded
-from mindiesd.ops.sparse.selection import BLOCK, Selection
+from mindiesd.ops.sparse.selection import BLOCK, Selection, blocks_of
 from mindiesd.ops.sparse.workers import WORKERS
 
 _log = logging.getLogger("mindiesd")
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-# Tasks to be made of a call, at least.
+# Tasks to be made of a call's rows, at least.
 _TASKS = 64
+# Tokens in a group of the estimate, and groups estimated at once: all of some blocks.
+GROUP = 8
+_AT_ONCE = 64
 
 
 class _Operand(ctypes.Structure):
@@ -58,41 +61,66 @@ class _Call(ctypes.Structure):
     )
 
 
-Rows = Callable[[_Call, int, int, int], int]
+class _Estimate(ctypes.Structure):
+    """``Estimate`` of rows.c."""
+
+    _fields_ = (
+        *((name, _Operand) for name in ("query", "key")),
+        *((name, ctypes.c_void_p) for name in ("groups", "out")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("heads", "shared", "queries", "keys", "dim", "kind", "causal")
+        ),
+        ("factor", ctypes.c_float),
+    )
 
 
-def fits(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether :func:`attention` can compute these; on the CPU, each with as many dimensions."""
+class Functions(NamedTuple):
+    """What the library computes for one instruction set.
+
+    Each takes (call, batch * heads + head, first, stop) and returns 0 unless memory was missing.
+
+    Attributes:
+        rows: attention of the blocks of queries first to stop.
+        estimate: ada_bsa's estimate of the groups of queries ``groups[first:stop]``.
+    """
+
+    rows: Callable[[_Call, int, int, int], int]
+    estimate: Callable[[_Estimate, int, int, int], int]
+
+
+def fits(*tensors: Tensor) -> bool:
+    """Whether the library can read these; on the CPU, of one dtype, each of four dimensions."""
     return (
-        query.dtype in _KINDS
-        and all(t.stride(-1) == 1 and not t.is_neg() for t in (query, key, value))
-        and rows() is not None
+        all(t.dtype in _KINDS and t.stride(-1) == 1 and not t.is_neg() for t in tensors)
+        and functions() is not None
     )
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float, head_first: bool
-) -> Tensor:
-    """Attention over the selected blocks; arguments and result as :func:`.threaded.attention`.
-
-    Raises:
-        MemoryError: the buffers of a row could not be had.
-    """
-    compute = rows()
-    assert compute is not None
-    return attend(compute, query, key, value, selection, scale, head_first)
-
-
-def attend(
-    compute: Rows,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     selection: Selection,
     scale: float,
     head_first: bool,
+    known: Functions | None = None,
 ) -> Tensor:
-    """The same by the given function of a library."""
+    """Attention over the selected blocks; arguments and result as :func:`.threaded.attention`.
+
+    Args:
+        query: that :func:`fits`, as must the others.
+        key: likewise.
+        value: likewise.
+        selection: which blocks.
+        scale: factor on the scores.
+        head_first: whether heads come before the sequence.
+        known: other functions than those of this processor.
+
+    Raises:
+        MemoryError: the buffers of a row could not be had.
+    """
+    compute = _chosen(known).rows
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     q, k, v, result = query, key, value, out
     if not head_first:
@@ -102,7 +130,7 @@ def attend(
 
 
 def _fill(
-    compute: Rows,
+    compute: Callable[[_Call, int, int, int], int],
     out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -119,7 +147,7 @@ def _fill(
     ]
     batch, heads, rows = selection.keep.shape[:3]
     call = _Call(
-        *(_Operand(t.data_ptr(), *t.stride()[:3]) for t in (query, key, value, out)),
+        *map(_operand, (query, key, value, out)),
         *(None if order is None else order.data_ptr() for order in orders),
         columns.data_ptr(),
         ends.data_ptr(),
@@ -135,21 +163,84 @@ def _fill(
     )
 
     def some(pair: int, first: int, stop: int) -> None:
-        if compute(call, pair, first, stop):
-            raise MemoryError("no memory for the buffers of sparse attention")
+        _done(compute(call, pair, first, stop))
 
     WORKERS.share_rows(batch * heads, rows, _TASKS, lambda: some)
 
 
-@functools.cache
-def rows() -> Rows | None:
-    """The library's function for this processor; None if there is none, or it is not to be trusted.
+def estimate(
+    query: Tensor,
+    key: Tensor,
+    chosen: Tensor,
+    scale: float,
+    causal: bool,
+    known: Functions | None = None,
+) -> Tensor:
+    """What :func:`.adaptive.estimate` returns.
 
-    It computes rows of blocks of one batch and head, (call, batch * heads + head, first, stop),
-    and returns 0 unless memory was missing.
+    Args:
+        query: [B, N, Sq, D] that :func:`fits`, as must the key.
+        key: [B, Nkv, Skv, D].
+        chosen: int64, the groups of queries to be looked at, ascending; of a block at most four,
+            or all sixteen.
+        scale: factor on the scores.
+        causal: a query group sees the key groups up to its own.
+        known: other functions than those of this processor.
+
+    Raises:
+        MemoryError: its buffers could not be had.
     """
+    compute = _chosen(known).estimate
+    batch, heads, queries, dim = query.shape
+    chosen = chosen.contiguous()
+    shape = (batch, heads, blocks_of(queries), blocks_of(key.shape[2]))
+    out = torch.zeros(shape, dtype=torch.float32)
+    call = _Estimate(
+        _operand(query),
+        _operand(key),
+        chosen.data_ptr(),
+        out.data_ptr(),
+        heads,
+        heads // key.shape[1],
+        queries,
+        key.shape[2],
+        dim,
+        _KINDS[query.dtype],
+        causal,
+        scale / GROUP * math.log2(math.e),
+    )
+    count = chosen.shape[0]
+
+    # A task has blocks of its own: two would add to the same place.
+    def some(task: tuple[int, int]) -> None:
+        pair, first = task
+        _done(compute(call, pair, first, min(first + _AT_ONCE, count)))
+
+    pairs = range(batch * heads)
+    WORKERS.each(((pair, at) for pair in pairs for at in range(0, count, _AT_ONCE)), some)
+    return out
+
+
+def _chosen(known: Functions | None) -> Functions:
+    found = known or functions()
+    assert found is not None
+    return found
+
+
+def _operand(x: Tensor) -> _Operand:
+    return _Operand(x.data_ptr(), *x.stride()[:3])
+
+
+def _done(status: int) -> None:
+    if status:
+        raise MemoryError("no memory for the buffers of sparse attention")
+
+
+@functools.cache
+def functions() -> Functions | None:
+    """The library's functions for this processor; None if there are none, or not to be trusted."""
     try:
-        found = typed(Library().function())
+        found = typed(Library().function)
     except LibraryUnavailable as error:
         _log.info("sparse attention on the CPU is computed by ATen's operators: %s", error)
         return None
@@ -159,19 +250,33 @@ def rows() -> Rows | None:
     return found
 
 
-def typed(function: Any) -> Rows:
-    """The library's function, for calls with the structure of this file."""
-    function.argtypes = (ctypes.POINTER(_Call), ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)
-    function.restype = ctypes.c_int
-    return function  # type: ignore[no-any-return]
+def typed(function_of: Callable[[str], Any]) -> Functions:
+    """A library's functions, found by their names, for calls with the structures of this file."""
+    found = []
+    for name, structure in (("rows", _Call), ("estimate", _Estimate)):
+        function = function_of(name)
+        function.argtypes = (ctypes.POINTER(structure), *[ctypes.c_int64] * 3)
+        function.restype = ctypes.c_int
+        found.append(function)
+    return Functions(*found)
 
 
-def _right(compute: Rows) -> bool:
-    """Whether it does what ATen does, on a case with an incomplete block and a causal one."""
+def _right(known: Functions) -> bool:
+    """Whether they do what ATen does, on a case with incomplete blocks and a causal one."""
     generator = torch.Generator().manual_seed(0)
-    length = BLOCK + 23
+    length = BLOCK + 24
     query, key, value = torch.randn(3, 1, 1, length, 20, generator=generator).unbind(0)
     selection = Selection(torch.ones(1, 1, 2, 2, dtype=torch.bool).tril(), causal=True)
     arguments = (query, key, value, selection, 0.3, True)
-    ours = attend(compute, *arguments)
-    return torch.allclose(ours, threaded.attention(*arguments), rtol=1e-4, atol=1e-5)
+    groups = torch.arange(length // GROUP)
+    reverse = query.view(-1, GROUP, 20).flip(1).flatten(1)
+    weights = torch.softmax(reverse @ key.view(-1, GROUP * 20).T * (2 / GROUP), -1)
+    parts = torch.tensor([[1, 0], [0, 1]]).repeat_interleave(BLOCK // GROUP, 1)[:, : len(groups)]
+    pairs = (
+        (attention(*arguments, known), threaded.attention(*arguments)),
+        (
+            estimate(query, key, groups, 2.0, False, known)[0, 0],
+            parts.float() @ weights @ parts.T.float(),
+        ),
+    )
+    return all(torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5) for ours, theirs in pairs)
