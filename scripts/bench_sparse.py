@@ -277,7 +277,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     parser.add_argument("--write", type=Path, help="also write the page to this file")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved repetitions")
+    parser.add_argument("--rounds", type=int, default=12, help="interleaved repetitions")
     parser.add_argument("--quick", action="store_true", help="one small shape, one round")
     options = parser.parse_args()
     shapes = [
