@@ -273,6 +273,37 @@ def quality_table(figures: list[Figure]) -> str:
     return table(["sparsity", *kinds], rows)
 
 
+def page(figures: list[Figure], rounds: int, date: str, load: float) -> str:
+    import torch
+
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} threads"
+    machine += f", torch {torch.__version__}, load {load:.1f} when it ended"
+    return f"""# Sparse attention, measured
+
+Made by `python scripts/bench_sparse.py --write docs/sparse_benchmark.md` on {date}
+({machine}).
+Head dimension {DIM}, batch 1. Time ratios are of minima over {rounds} interleaved rounds.
+
+## Time
+
+{times_table(figures)}
+
+## Memory
+
+What a process grows by for the tensors, the result and everything in between.
+
+{memory_table(figures)}
+
+## Quality
+
+Relative error of the output against dense attention, on queries and keys whose attention is local
+in t, h and w, with a few sinks (`tests/video.py`); the values are independent noise, so nothing is
+gained from neighbours being alike. "Random" keeps as many blocks of the same tokens.
+
+{quality_table(figures)}
+"""
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, help="write the figures to this file")
@@ -298,38 +329,11 @@ def main() -> None:
     figures += quality()
     if options.json:
         options.json.write_text(figures_to_json(figures), encoding="utf-8")
-    import torch
-
-    page = f"""# Sparse attention, measured
-
-Made by `python scripts/bench_sparse.py --write docs/sparse_benchmark.md` on {
-        datetime.date.today().isoformat()
-    }
-({platform.machine()}, {os.cpu_count()} cores, {THREADS} threads, torch {torch.__version__}, load {
-        os.getloadavg()[0]:.1f} when it ended).
-Head dimension {DIM}, batch 1. Time ratios are of minima over {rounds} interleaved rounds.
-
-## Time
-
-{times_table(figures)}
-
-## Memory
-
-What a process grows by for the tensors, the result and everything in between.
-
-{memory_table(figures)}
-
-## Quality
-
-Relative error of the output against dense attention, on queries and keys whose attention is local
-in t, h and w, with a few sinks (`tests/video.py`); the values are independent noise, so nothing is
-gained from neighbours being alike. "Random" keeps as many blocks of the same tokens.
-
-{quality_table(figures)}
-"""
-    print(page)
+    today = datetime.date.today().isoformat()
+    text = page(figures, rounds, today, os.getloadavg()[0])
+    print(text)
     if options.write:
-        options.write.write_text(page, encoding="utf-8")
+        options.write.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
