@@ -70,9 +70,12 @@ def _usual(
     """Scale and shift as [B, 1, H] where the call is as it usually is; else None."""
     if not (isinstance(x, Tensor) and isinstance(scale, Tensor) and isinstance(shift, Tensor)):
         return None
-    if x.layout is not _STRIDED or x.is_nested or scale.is_nested or shift.is_nested:
+    try:
+        shape, scales, shifts = x.shape, scale.shape, shift.shape
+    except RuntimeError:
+        return None  # a nested tensor, which is strided too
+    if x.layout is not _STRIDED:
         return None
-    shape, scales, shifts = x.shape, scale.shape, shift.shape
     if len(shape) != 3 or normalized_shape != (shape[2],):
         return None
     if not (x.dtype in _FLOATING and scale.dtype in _FLOATING and shift.dtype in _FLOATING):

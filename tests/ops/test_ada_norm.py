@@ -117,3 +117,14 @@ def test_wrong_arguments(changes, name):
     with pytest.raises(ParametersInvalid) as caught:
         layernorm_scale_shift(**{"layernorm": nn.LayerNorm(16), **H, **changes})
     assert caught.value.argument == name
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("which", ["x", "scale", "shift"])
+def test_nested_tensors_are_refused(which, layout):
+    """Those of the first kind have no shape to ask for."""
+    given = {"x": torch.randn(2, 3, 8), "scale": torch.randn(2, 8), "shift": torch.randn(2, 8)}
+    given[which] = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)], layout=layout)
+    with pytest.raises(ParametersInvalid, match=f"^{which}: .*nested"):
+        layernorm_scale_shift(nn.LayerNorm(8), **given)
