@@ -28,14 +28,14 @@ class Library:
         """Load it from the folder that also holds its sources."""
         path = folder / "_rows.so"
         if not path.exists():
-            raise LibraryUnavailable("not compiled: no C compiler was there when it was installed")
+            raise LibraryUnavailable("not compiled: no C compiler worked when it was installed")
         try:
             self._loaded = ctypes.CDLL(str(path))
             made_from = _text(self._loaded.mindiesd_made_from)
             found = _text(self._loaded.mindiesd_instructions)
+            sources = b"".join((folder / name).read_bytes() for name in ("rows.c", "rows.h"))
         except (OSError, AttributeError) as error:
-            raise LibraryUnavailable(f"{path} cannot be loaded: {error}") from None
-        sources = b"".join((folder / name).read_bytes() for name in ("rows.c", "rows.h"))
+            raise LibraryUnavailable(f"{path} cannot be used: {error}") from None
         if made_from != hashlib.sha256(sources).hexdigest():
             raise LibraryUnavailable(f"{path} was made from other sources: install mindiesd anew")
         if not found:

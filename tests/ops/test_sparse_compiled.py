@@ -106,9 +106,15 @@ def test_a_library_made_from_other_sources_is_refused(copied):
         Library(copied)
 
 
+def test_a_library_without_its_sources_is_refused(copied):
+    (copied / "rows.c").unlink()
+    with pytest.raises(LibraryUnavailable, match=r"cannot be used: .*rows\.c"):
+        Library(copied)
+
+
 def test_a_file_that_is_no_library_is_refused(copied):
     (copied / "_rows.so").write_bytes(b"not a library")
-    with pytest.raises(LibraryUnavailable, match="cannot be loaded"):
+    with pytest.raises(LibraryUnavailable, match="cannot be used"):
         Library(copied)
 
 
