@@ -6,10 +6,12 @@ import functools
 import logging
 import platform
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 import mindiesd
 from mindiesd.compiled.library import FOLDER, Library, LibraryUnavailable
@@ -155,6 +157,44 @@ def test_why_there_is_none_is_told_where_it_is_asked_for(unloaded, caplog):
         assert compiled.functions() is None
     assert [record.levelname for record in caplog.records] == ["INFO"]
     assert "not today" in caplog.text
+
+
+@contextmanager
+def another_dtype():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize(
+    "mode", [another_dtype, torch.inference_mode, lambda: torch.device("meta"), FakeTensorMode]
+)
+def test_it_is_found_whatever_the_caller_is_about(mode, unloaded, caplog):
+    with mode():
+        assert compiled.functions() is not None
+    assert not caplog.text
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", ["rf_v2", "ada_bsa"])
+@pytest.mark.parametrize("aten", [False, True])
+def test_another_default_device_and_dtype_change_nothing(kind, threads, aten, unloaded):
+    if aten:
+        unloaded.setattr(compiled, "functions", lambda: None)
+    query = torch.randn(1, 2, 4096, 16)
+    options = {"sparse_type": kind, "sparsity": 0.5, "latent_shape_q": (4, 32, 32)}
+    expected = mindiesd.sparse_attention(query, query, query, **options)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with another_dtype(), torch.device("meta"):
+            out = mindiesd.sparse_attention(query, query, query, **options)
+    finally:
+        torch.set_num_threads(before)
+    assert out.device.type == "cpu" and out.dtype is torch.float32
+    torch.testing.assert_close(out, expected)
 
 
 def test_missing_memory_is_an_error():

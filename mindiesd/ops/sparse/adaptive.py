@@ -128,7 +128,7 @@ def estimate(query: Tensor, key: Tensor, scale: float, causal: bool) -> Tensor:
     groups = -(-queries // STRIDE)
     chosen = torch.arange(groups, device=query.device)
     if key.shape[2] >= LONG and queries >= BLOCK:
-        sampled = torch.zeros(GROUPS, dtype=torch.bool)
+        sampled = torch.zeros(GROUPS, dtype=torch.bool, device="cpu")
         sampled[list(_SAMPLED)] = True
         wanted = sampled.repeat(blocks_of(queries))[:groups]
         # The last block may be too short to hold a sampled group.
