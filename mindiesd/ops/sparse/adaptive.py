@@ -182,7 +182,5 @@ def _rows(
     if causal:
         later = torch.arange(count, device=groups.device) > groups[:, None]
         scores[:, :count].masked_fill_(later, -math.inf)
-    # The softmax in place, divided by its total where that is least.
-    seen = scores[:, :count]
-    seen.sub_(seen.amax(-1, keepdim=True)).exp_()
-    return scores.view(rows, -1, GROUPS).sum(-1).div_(seen.sum(-1, keepdim=True))
+    scores[:, :count] = torch.softmax(scores[:, :count], -1)
+    return scores.view(rows, -1, GROUPS).sum(-1)
