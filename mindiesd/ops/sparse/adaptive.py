@@ -25,10 +25,9 @@ import torch
 from torch import Tensor
 
 from mindiesd.ops.sparse import compiled
-from mindiesd.ops.sparse.selection import BLOCK, Selection, blocks_of, kept
+from mindiesd.ops.sparse.selection import BLOCK, STRIDE, Selection, blocks_of, kept
 from mindiesd.ops.sparse.workers import WORKERS
 
-STRIDE = 8
 GROUPS = BLOCK // STRIDE
 # From this many keys on, every fourth query group stands for four.
 LONG = 4096

@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from mindiesd.compiled.library import Library, LibraryUnavailable
-from mindiesd.ops.sparse.selection import BLOCK, Selection, blocks_of
+from mindiesd.ops.sparse.layout import Operands, operands
+from mindiesd.ops.sparse.selection import BLOCK, STRIDE, Selection, blocks_of
 from mindiesd.ops.sparse.workers import WORKERS
 
 _log = logging.getLogger("mindiesd")
@@ -31,8 +32,7 @@ _log = logging.getLogger("mindiesd")
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 # Tasks to be made of a call's rows, at least.
 _TASKS = 64
-# Tokens in a group of the estimate, and groups estimated at once: all of some blocks.
-GROUP = 8
+# Groups estimated at once: all of some blocks.
 _AT_ONCE = 64
 
 
@@ -121,24 +121,19 @@ def attention(
         MemoryError: the buffers of a row could not be had.
     """
     compute = _chosen(known).rows
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    q, k, v, result = query, key, value, out
-    if not head_first:
-        q, k, v, result = (t.transpose(1, 2) for t in (query, key, value, out))
-    WORKERS.alone(lambda: _fill(compute, result, q, k, v, selection, scale))
+    out, views = operands(query, key, value, head_first)
+    WORKERS.alone(lambda: _fill(compute, views, selection, scale))
     return out
 
 
 def _fill(
     compute: Callable[[_Call, int, int, int], int],
-    out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    views: Operands,
     selection: Selection,
     scale: float,
 ) -> None:
-    """The same, written to ``out``; all are [B, N, S, D]."""
+    """The same, written to ``views.out``."""
+    query, key, value, _ = views
     columns, ends = selection.lists()
     # Held until the end: the call has their addresses only.
     orders = [
@@ -147,7 +142,7 @@ def _fill(
     ]
     batch, heads, rows = selection.keep.shape[:3]
     call = _Call(
-        *map(_operand, (query, key, value, out)),
+        *map(_operand, views),
         *(None if order is None else order.data_ptr() for order in orders),
         columns.data_ptr(),
         ends.data_ptr(),
@@ -207,7 +202,7 @@ def estimate(
         dim,
         _KINDS[query.dtype],
         causal,
-        scale / GROUP * math.log2(math.e),
+        scale / STRIDE * math.log2(math.e),
     )
     count = chosen.shape[0]
 
@@ -271,16 +266,16 @@ def _right(known: Functions) -> bool:
     query, key, value = torch.randn(3, 1, 1, length, 20, generator=generator, dtype=torch.float32)
     ours = torch.empty_like(query)
     selection = Selection(torch.ones(1, 1, 2, 2, dtype=torch.bool).tril(), causal=True)
-    _fill(known.rows, ours, query, key, value, selection, 0.3)
+    _fill(known.rows, Operands(query, key, value, ours), selection, 0.3)
     hidden = torch.ones(length, length, dtype=torch.bool).triu(1)
     scores = (query @ key.transpose(-1, -2) * 0.3).masked_fill(hidden, -math.inf)
     theirs = torch.softmax(scores, -1) @ value
 
-    groups = torch.arange(length // GROUP)
+    groups = torch.arange(length // STRIDE)
     estimated = estimate(query, key, groups, 2.0, False, known)[0, 0]
-    reverse = query.view(-1, GROUP, 20).flip(1).flatten(1)
-    weights = torch.softmax(reverse @ key.view(-1, GROUP * 20).T * (2 / GROUP), -1)
-    sizes = [BLOCK // GROUP, length // GROUP - BLOCK // GROUP]
+    reverse = query.view(-1, STRIDE, 20).flip(1).flatten(1)
+    weights = torch.softmax(reverse @ key.view(-1, STRIDE * 20).T * (2 / STRIDE), -1)
+    sizes = [BLOCK // STRIDE, length // STRIDE - BLOCK // STRIDE]
     rows = torch.split(weights, sizes)
     parts = [[part.sum() for part in torch.split(row, sizes, 1)] for row in rows]
     return torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5) and all(

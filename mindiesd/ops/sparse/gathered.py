@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mindiesd.ops.attention import attend
 from mindiesd.ops.masks import Band
+from mindiesd.ops.sparse.layout import operands
 from mindiesd.ops.sparse.selection import BLOCK, Selection
 
 # Bytes of keys and values that are gathered at a time.
@@ -34,11 +35,7 @@ def attention(
     Returns:
         Attention in the query's layout and dtype.
     """
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    if not head_first:
-        q, k, v, result = (t.transpose(1, 2) for t in (query, key, value, out))
-    else:
-        q, k, v, result = query, key, value, out
+    out, (q, k, v, result) = operands(query, key, value, head_first)
     heads, queries = q.shape[1:3]
     keys, shared = k.shape[2], heads // k.shape[1]
     keep = selection.keep

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 BLOCK = 128
+# Tokens in a group of ada_bsa's estimate.
+STRIDE = 8
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mindiesd.ops.sparse.layout import Operands, operands
 from mindiesd.ops.sparse.selection import BLOCK, Selection
 from mindiesd.ops.sparse.workers import WORKERS
 
@@ -64,18 +65,14 @@ def attention(
     Returns:
         Attention in the query's layout and dtype.
     """
-    out = query.new_empty(*query.shape[:-1], value.shape[-1])
-    q, k, v, result = query, key, value, out
-    if not head_first:
-        q, k, v, result = (t.transpose(1, 2) for t in (query, key, value, out))
-    WORKERS.alone(lambda: _fill(result, q, k, v, selection, scale))
+    out, views = operands(query, key, value, head_first)
+    WORKERS.alone(lambda: _fill(views, selection, scale))
     return out
 
 
-def _fill(
-    out: Tensor, query: Tensor, key: Tensor, value: Tensor, selection: Selection, scale: float
-) -> None:
-    """The same, written to ``out``; all are [B, N, S, D]."""
+def _fill(views: Operands, selection: Selection, scale: float) -> None:
+    """The same, written to ``views.out``."""
+    query, key, value, out = views
     wide = torch.float64 if query.dtype is torch.float64 else torch.float32
     columns, bounds = selection.lists()
     places = None
