@@ -63,13 +63,20 @@ def test_every_tie_goes_to_even(dtype, apart):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
-def test_it_is_what_sparse_attention_uses(dtype, monkeypatch):
+@pytest.mark.parametrize("head_first", [True, False])
+def test_it_is_what_sparse_attention_uses(dtype, head_first, monkeypatch):
+    assert compiled.functions() is not None  # found now: trying them uses them
     used = []
-    attention = compiled.attention
-    monkeypatch.setattr(compiled, "attention", lambda *args: used.append(1) or attention(*args))
-    query = torch.randn(1, 1, 512, 16, dtype=dtype)
-    mindiesd.sparse_attention(query, query, query, sparse_type="ada_bsa", sparsity=0.5)
-    assert used
+    for name in ("attention", "estimate"):
+        function = getattr(compiled, name)
+        monkeypatch.setattr(
+            compiled, name, lambda *args, n=name, f=function: used.append(n) or f(*args)
+        )
+    shape, layout = ((1, 1, 512, 16), "BNSD") if head_first else ((1, 512, 1, 16), "BSND")
+    query = torch.randn(shape, dtype=dtype)
+    options = {"sparse_type": "ada_bsa", "sparsity": 0.5, "input_layout": layout}
+    mindiesd.sparse_attention(query, query, query, **options)
+    assert used == ["estimate", "attention"]
 
 
 @pytest.mark.parametrize("kind", ["float64", "strided", "negated"])
